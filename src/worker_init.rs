@@ -22,6 +22,7 @@ use crate::link::stuck_calls::StuckCalls;
 use crate::logging::AccessFile;
 use crate::sys::account::Account;
 use crate::sys::instance_lock::InstanceLock;
+use crate::sys::shared_memory::SharedFlag;
 use crate::sys::signal::SignalPipe;
 use crate::sys::title::{self, TitleArea};
 
@@ -87,6 +88,8 @@ pub struct JobsInstance {
     pub lock: InstanceLock,
     /// The store; `None` if it is unknown after an upgrade.
     pub store: Option<JobStore>,
+    /// Whether a process of the instance has had the store open. All processes share it.
+    pub was_opened: SharedFlag,
 }
 
 /// What acceptors and sessions need in addition.

@@ -357,6 +357,9 @@ def _failure(code, message, data=None):
 
 
 def _unexpected(problem):
+    call = current().call
+    if call is not None:
+        sys.stderr.write("call %s failed:\n" % call)
     traceback.print_exc()
     sys.stderr.flush()
     return _failure(INTERNAL, "%s: %s" % (type(problem).__name__, problem))

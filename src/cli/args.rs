@@ -24,8 +24,8 @@ use crate::protocol::control::version_of;
 #[derive(Parser)]
 #[command(
     max_term_width = 100,
-    after_help = "Exit codes: 0 success; 1 a call was answered with an error, or a reload, a scale or an \
-                  upgrade was refused; 64 wrong usage; 69 no server there, or it does not answer; 70 a \
+    after_help = "Exit codes: 0 success; 1 a call was answered with an error, a job is dead or cancelled, or a \
+                  reload, a scale or an upgrade was refused; 64 wrong usage; 69 no server there, or it does not answer; 70 a \
                   bug of preforkd; 71 the system refused; 77 permission denied; 78 the configuration is wrong. \
                   `man preforkd` explains all commands and signals."
 )]

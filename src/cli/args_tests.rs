@@ -211,16 +211,24 @@ fn job_commands_mean_what_the_contract_says() {
         at: None,
         delay: None,
         priority: None,
+        max_attempts: None,
+        timeout: None,
+        expires: None,
         wait: false,
     };
     assert_eq!(job("enqueue mail"), JobCommand::Enqueue(enqueue()));
-    let all = format!("enqueue mail - --id {ID} --key k --delay 2s --priority -3 --wait");
+    let all = format!(
+        "enqueue mail - --id {ID} --key k --delay 2s --priority -3 --max-attempts 4 --timeout 5s --expires 6s --wait"
+    );
     let expected = EnqueueArgs {
         params: ParamsSource::Stdin,
         id: Some(ID.into()),
         key: Some("k".into()),
         delay: Some(Duration::from_secs(2)),
         priority: Some(-3),
+        max_attempts: Some(4),
+        timeout: Some(Duration::from_secs(5)),
+        expires: Some(Duration::from_secs(6)),
         wait: true,
         ..enqueue()
     };

@@ -259,21 +259,28 @@ impl ControlConnection {
         }
     }
 
-    /// Sends a request and waits for its answer. Returns it parsed and as it was sent. A refusal is an
-    /// error.
+    /// Sends a request and waits for its answer. Returns it parsed and as it was sent. A refusal is an error.
     fn ask(
         &mut self,
         request: &ControlRequest,
         patience: Patience<'_>,
     ) -> Result<(ControlResponse, String)> {
         let line = self.exchange(request, patience).map_err(|error| {
-            let text = match error.kind() {
-                ErrorKind::WouldBlock if only_reads(request) => STUCK,
-                ErrorKind::WouldBlock => {
+            use ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof, WouldBlock};
+            let text = match (error.kind(), request) {
+                // The command itself is sent after the first answer.
+                (WouldBlock, ControlRequest::Job { .. }) => {
+                    "the jobs process or the master does not answer: it is stopped, stuck or busy; nothing was done"
+                }
+                (UnexpectedEof | BrokenPipe | ConnectionReset, ControlRequest::Job { .. }) => {
+                    "the jobs process or the master exited before it answered; the log says why, and nothing was done"
+                }
+                (WouldBlock, request) if only_reads(request) => STUCK,
+                (WouldBlock, _) => {
                     let text = format!("{STUCK}; it will carry out the request when it continues");
                     return self.alien(&text);
                 }
-                ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
+                (UnexpectedEof | BrokenPipe | ConnectionReset, _) => {
                     "the master exited before it answered; its log says why"
                 }
                 _ => return Error::system(format!("ask {}", self.path.display()), error),
@@ -285,9 +292,8 @@ impl ControlConnection {
         if response.ok {
             return Ok((response, line));
         }
-        let message = response
-            .error
-            .unwrap_or_else(|| "refused without a reason".into());
+        let reason = response.error;
+        let message = reason.unwrap_or_else(|| "refused without a reason".into());
         Err(match response.code.unwrap_or(1) {
             1 => Error::Refused(message),
             code => Error::Daemon { code, message },

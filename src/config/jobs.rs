@@ -47,6 +47,13 @@ pub(super) fn resolve(
     let mut methods = BTreeMap::new();
     for (name, table) in tables {
         let key = join(&join("methods", name), "job");
+        if let Some(pool) = pool_of_connections(raw, name) {
+            return Err(check.places.error(
+                &key,
+                format!("the pool {pool:?} has scope = \"connection\", so its methods cannot run as jobs"),
+                "remove this table, or take scope out of the pool",
+            ));
+        }
         methods.insert(name.clone(), method(check, &key, table, &defaults)?);
     }
     Ok(Some(JobsConfig {
@@ -67,6 +74,13 @@ pub(super) fn resolve(
         )?,
         result: result(check, jobs, limits)?,
     }))
+}
+
+/// Returns the pool of a method whose programs belong to connections; jobs have none.
+fn pool_of_connections<'a>(raw: &'a Raw, method: &str) -> Option<&'a String> {
+    let pool = raw.methods.get(method)?.pool.as_ref()?;
+    let scope = raw.pools.get(pool)?.scope.as_deref();
+    (scope == Some("connection")).then_some(pool)
 }
 
 fn store(check: &Check<'_>, jobs: &RawJobs) -> Result<JobStore> {

@@ -1,21 +1,22 @@
 //! Opens what the configuration names: the lock of the store for a master, and the store for the jobs process.
 //!
 //! The master passes the lock and the UUID of the instance on to its children, and to the next program at an upgrade. It
-//! never opens the store itself. Without the feature of an engine the configuration refuses its store, so the errors
-//! about that are for a program that reads a configuration of another one.
+//! never opens the store itself. Without the cargo feature of an engine, the check of the configuration has refused its
+//! store already.
 
 use std::path::PathBuf;
 
 use super::policy::id::JobId;
-use super::store::Engine;
 use super::store::error::OpenError;
 use super::store::request::StoreLimits;
+use super::store::{Engine, Opening};
 use crate::config::{JobStore, JobsConfig};
 use crate::error::{Error, Result};
 use crate::sys::account::Account;
 use crate::sys::instance_lock::{InstanceLock, LockRefusal};
 use crate::sys::process::unix_time_ms;
 use crate::sys::random::random_bytes;
+use crate::sys::shared_memory::SharedFlag;
 use crate::worker_init::JobsInstance;
 
 /// Marks this process as the master of a store. If processes of a killed master still use the store, the jobs process
@@ -47,6 +48,8 @@ pub fn instance(config: &JobsConfig, account: Option<&Account>) -> Result<JobsIn
         id: JobId::at(unix_time_ms(), random).0,
         lock,
         store: Some(config.store.clone()),
+        was_opened: SharedFlag::new(false)
+            .map_err(|error| Error::system("allocate shared memory", error))?,
     })
 }
 
@@ -62,8 +65,7 @@ fn lock_path(place: &JobStore) -> std::result::Result<PathBuf, OpenError> {
     ))
 }
 
-/// Opens a store, and creates it if it does not exist. If `is_shared`, another process of this instance may be using
-/// it. The caller holds the lock. `secret` are random bytes for a new store.
+/// Opens a store. The caller holds the lock. `secret` are random bytes for a new store.
 ///
 /// # Errors
 /// Each says what is wrong with the store and what to change.
@@ -71,15 +73,12 @@ fn lock_path(place: &JobStore) -> std::result::Result<PathBuf, OpenError> {
 pub fn store(
     place: &JobStore,
     limits: StoreLimits,
-    is_shared: bool,
+    opening: Opening,
     secret: [u8; 32],
 ) -> std::result::Result<Box<dyn Engine>, OpenError> {
     let JobStore::Sqlite(path) = place;
     let clock = Box::new(unix_time_ms);
-    let engine = match is_shared {
-        false => super::store::sqlite::open(path, limits, clock, secret)?,
-        true => super::store::sqlite::open_beside(path, limits, clock, secret)?,
-    };
+    let engine = super::store::sqlite::open(path, limits, clock, (opening, secret))?;
     Ok(Box::new(engine))
 }
 
@@ -92,7 +91,7 @@ fn lock_path(place: &JobStore) -> std::result::Result<PathBuf, OpenError> {
 pub fn store(
     place: &JobStore,
     _: StoreLimits,
-    _: bool,
+    _: Opening,
     _: [u8; 32],
 ) -> std::result::Result<Box<dyn Engine>, OpenError> {
     Err(without_engine(place))

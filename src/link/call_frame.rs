@@ -2,8 +2,8 @@
 //! another, and their answers.
 //!
 //! Pure. A frame is its length (4 bytes, little-endian, not counting itself), a kind (1 byte), and fields
-//! of fixed size in little-endian. Texts have a length. Both ends belong to one generation, so the format
-//! has no version. The sender is still not trusted: an invalid frame is an error, and its link is closed.
+//! of fixed size in little-endian. Texts have a length. Both ends run one version of the program, so
+//! the format has no version. The sender is still not trusted: an invalid frame is an error, and its link is closed.
 
 use std::borrow::Cow;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};

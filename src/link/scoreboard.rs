@@ -1,7 +1,7 @@
 //! Holds the scoreboard: shared memory in which each worker records its state.
 //!
-//! Only the worker writes its record. The master reads it without asking, so the last state of a stuck or
-//! dead worker remains visible. Each value is a separate atomic, so a reader may see one value that is
+//! The worker writes its record, after its death its keeper, and the master a few fields. The master reads it without
+//! asking, so the last state of a stuck or dead worker remains visible. Each value is a separate atomic, so a reader may see one value that is
 //! newer than another, but nothing worse.
 
 use std::io;
@@ -111,11 +111,13 @@ shared_record! {
         pub oldest_call: AtomicU64,
         /// The pid of that process; 0: this one.
         pub oldest_home: AtomicI32,
-        /// Says nothing about this process: the generation that serves the isolated listener whose range has the number
-        /// of this record; 0 if there is none. It is in the scoreboard because sessions cannot write there.
+        /// Not about this process. Record N has the generation that serves the isolated listener with range N; 0: none.
+        /// It is here because sessions cannot write to the scoreboard.
         serving: AtomicU32,
         /// 1 while it leaves accepting to the other workers for a short time.
         pub has_yielded: AtomicU32,
+        /// For a jobs process: whether it opens its store or has it open, and which one.
+        pub store: AtomicU32,
         /// The id of the job if `oldest_method` is an attempt, in two halves; otherwise 0.
         oldest_job: [AtomicU64; 2],
     }
@@ -161,6 +163,7 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, oldest_home) == 224);
     assert!(offset_of!(WorkerRecord, serving) == 228);
     assert!(offset_of!(WorkerRecord, has_yielded) == 232);
+    assert!(offset_of!(WorkerRecord, store) == 236);
     assert!(offset_of!(WorkerRecord, oldest_job) == 240);
 };
 
@@ -231,12 +234,21 @@ pub struct RecordedCall {
     pub job: u128,
 }
 
+/// An event loop that has not run for this long counts as stopped or stuck, in milliseconds. An idle one runs once per
+/// second.
+const STALE_MS: u64 = 2_000;
+
 /// The states of `WorkerRecord::requests`.
 const REFUSED: u32 = 0;
 const ALLOWED: u32 = 1;
 const SENDING: u32 = 2;
 
 impl WorkerRecord {
+    /// Returns whether the event loop has run recently. `now_ms` is the time of CLOCK_MONOTONIC.
+    pub fn is_fresh(&self, now_ms: u64) -> bool {
+        now_ms.saturating_sub(self.heartbeat_ms.load(Relaxed)) < STALE_MS
+    }
+
     /// Sends a report that a master of an older version would not understand, unless the master has
     /// forbidden it. The master cannot be replaced by another version between the check and the send. Returns what
     /// `send` returns, and `None` if the master has forbidden it.
@@ -313,8 +325,9 @@ impl WorkerRecord {
         }
     }
 
-    /// Removes the worker from forwarding: it has no capacity and no waiting calls.
+    /// Removes the worker from forwarding: it has no capacity, no waiting calls and no store.
     pub fn clear_capacity(&self) {
+        self.store.store(0, SeqCst);
         self.generation.store(0, Relaxed);
         self.idle.store(0, Relaxed);
         for number in &self.waiting {

@@ -309,7 +309,7 @@ impl SlowEntry {
             end: outcome.map(|outcome| (outcome, self.run_ns.load(Relaxed))),
             evidence: self.evidence(),
         };
-        // Otherwise another record was written meanwhile.
+        // If the number has changed, another record was written meanwhile.
         fence(Acquire);
         (self.number.load(Relaxed) == number).then_some((number, call))
     }

@@ -35,13 +35,14 @@ use super::requests::upgrade_driver::{export, mark_master, refuse_upgrade};
 use super::setup::{Setup, open_access_file, show_title};
 use super::upgrade::exec_attempt::ExecAttempt;
 use super::upgrade::stage::UpgradeStage;
-use super::upgrade::state::{InstanceState, UpgradeState};
+use super::upgrade::state::UpgradeState;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
 use crate::sys::instance_lock::InstanceLock;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
+use crate::sys::shared_memory::SharedFlag;
 use crate::sys::signal;
 use crate::worker_init::JobsInstance;
 
@@ -163,10 +164,12 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let control = ControlSocket::import(state.control, take)?;
     let pid_file = PidFile::import(path, take(fd)?)?;
     let jobs = match state.jobs {
-        Some(InstanceState { id, lock }) => Some(JobsInstance {
-            id,
-            lock: InstanceLock::import(take(lock)?),
+        Some(instance) => Some(JobsInstance {
+            id: instance.id,
+            lock: InstanceLock::import(take(instance.lock)?),
             store: store.clone(),
+            was_opened: SharedFlag::new(instance.was_opened)
+                .map_err(|error| Error::system("allocate shared memory", error))?,
         }),
         None => None,
     };

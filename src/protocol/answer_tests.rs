@@ -49,11 +49,11 @@ fn the_reason_for_an_invalid_answer_names_its_kind() {
         ("[\"pong\",1,2]", "not an object"),
         (
             "{\"out\":\"pong\"}",
-            "not JSON near byte 13: missing field `result`",
+            "JSON of the wrong form near byte 13: missing field `result`",
         ),
         (
             "{\"out\":1,\"result\":1}",
-            "not JSON near byte 7: invalid type: integer `1`, expected a string",
+            "JSON of the wrong form near byte 7: invalid type: integer `1`, expected a string",
         ),
         (
             "{\"out\":\"error\",\"result\":[1]}",

@@ -111,6 +111,12 @@ impl Code {
         }
     }
 
+    /// Returns whether a handler that gives this error has done nothing yet: it refuses the params, or knows no such
+    /// method.
+    pub const fn is_refusal(self) -> bool {
+        matches!(self, Code::InvalidParams | Code::MethodNotFound)
+    }
+
     /// Returns whether the connection is closed after the answer.
     pub const fn closes(self) -> bool {
         matches!(self, Code::TooLarge | Code::Stopping)

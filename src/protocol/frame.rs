@@ -24,6 +24,21 @@ pub enum DecodedFrame<'a> {
     TooLarge { length: u32 },
 }
 
+/// Returns the message for a length over the limit. Text in place of a frame has such a length.
+pub fn too_large(length: u32, limit: usize) -> String {
+    let bytes = length.to_le_bytes();
+    let is_text = bytes
+        .iter()
+        .all(|byte| byte.is_ascii_graphic() || *byte == b' ' || *byte == b'\n');
+    let hint = match std::str::from_utf8(&bytes) {
+        Ok(text) if is_text => {
+            format!("; these four bytes are {text:?}, so it may be text without a length")
+        }
+        _ => String::new(),
+    };
+    format!("a frame of {length} bytes; limits.frame allows {limit}{hint}")
+}
+
 /// Decodes the frame at the beginning of `bytes`. `limit` is the largest body in bytes, inclusive.
 #[inline]
 pub fn decode(bytes: &[u8], limit: usize) -> DecodedFrame<'_> {

@@ -86,3 +86,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn text_in_place_of_a_length_is_named() {
+    let length = u32::from_le_bytes(*b"logg");
+    let said = too_large(length, 64);
+    assert!(said.starts_with("a frame of 1734831980 bytes; limits.frame allows 64; "));
+    assert!(said.contains("\"logg\""), "{said}");
+    assert_eq!(
+        too_large(65, 64),
+        "a frame of 65 bytes; limits.frame allows 64"
+    );
+}

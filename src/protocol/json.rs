@@ -58,7 +58,10 @@ pub fn not_json(text: &str, error: &serde_json::Error) -> RpcError {
         .sum::<usize>();
     // The position of serde_json is exact only to a byte or two.
     let at = (line_start + error.column().saturating_sub(1)).min(text.len());
-    refused(format!("not JSON near byte {at}: {what}"))
+    match error.is_data() {
+        true => refused(format!("JSON of the wrong form near byte {at}: {what}")),
+        false => refused(format!("not JSON near byte {at}: {what}")),
+    }
 }
 
 fn refused(message: String) -> RpcError {

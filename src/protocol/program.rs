@@ -147,8 +147,8 @@ pub fn outcome(answer: Answer<'_>, method: &str) -> (Option<Box<str>>, Result<Ve
         }
         Err(mut error) => {
             // Ignore what the program says about `started`: a client may repeat a call that did not start. The same
-            // rule holds for all handlers: only if the params are invalid, the call has not started.
-            error.started = error.table_code() != Some(Code::InvalidParams);
+            // rule holds for all handlers ([`RpcError::new`]).
+            error.started = !error.table_code().is_some_and(Code::is_refusal);
             if let Some(data) = error.data.take() {
                 error.data = Some(answer::unbroken(data));
             }
@@ -285,6 +285,10 @@ mod tests {
             ),
             (
                 r#"{"out":"error","result":{"code":-32602,"message":"","started":true}}"#,
+                false,
+            ),
+            (
+                r#"{"out":"error","result":{"code":-32601,"message":""}}"#,
                 false,
             ),
         ] {

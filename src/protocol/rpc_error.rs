@@ -37,15 +37,15 @@ pub fn excerpt(text: &str) -> Cow<'_, str> {
 
 impl RpcError {
     /// Creates a handler's error. A number of [`Code`]'s table gets the name of its row; any other number
-    /// is named `"error"`. The call counts as started, except for invalid params, because a handler that
-    /// refuses its params has done nothing yet.
+    /// is named `"error"`. The call counts as started, except for invalid params and unknown methods, because
+    /// a handler that refuses a call has done nothing yet.
     pub fn new(code: i64, message: impl Into<String>) -> Self {
         let row = Code::from_number(code);
         RpcError {
             code,
             name: Cow::Borrowed(row.map_or("error", Code::name)),
             message: message.into(),
-            started: row != Some(Code::InvalidParams),
+            started: !row.is_some_and(Code::is_refusal),
             data: None,
         }
     }

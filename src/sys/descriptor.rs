@@ -53,8 +53,8 @@ fn flags(fd: RawFd) -> Option<libc::c_int> {
     (flags >= 0).then_some(flags)
 }
 
-/// Lets the number of `fd` mean what `by` means, in one step: another thread that writes to the number writes to
-/// the one or to the other (dup3(2)). Processes that share the descriptor table see the same.
+/// Replaces the file behind `fd` by that of `by` in one step (dup3(2)). Another thread that writes meanwhile writes to
+/// the old file or to the new one. Processes that share the descriptor table see the same.
 ///
 /// # Errors
 /// EBUSY while another thread opens this number.

@@ -117,8 +117,8 @@ impl InstanceLock {
         std::os::unix::fs::fchown(&self.file, Some(uid), Some(gid))
     }
 
-    /// Says that this process is the master of the instance. It has no effect if it has the mark already. A program
-    /// that takes over by an exec keeps the mark until it closes a descriptor of the file.
+    /// Takes the record lock of the master. Does nothing if this process has it. An exec keeps the lock. Closing any
+    /// descriptor of the file ends it.
     ///
     /// # Errors
     /// Another process has the mark, or the kernel has no memory for it.
@@ -167,7 +167,7 @@ fn open(path: &Path) -> io::Result<File> {
 
 /// Returns the process that has the mark of a master.
 fn master_of(file: &File) -> io::Result<Option<Pid>> {
-    // As for reading, because the file may be open for reading only.
+    // A lock for reading conflicts with the master's too, and needs no right to write.
     let mut mark = record(libc::F_RDLCK);
     fcntl(file, FcntlArg::F_GETLK(&mut mark))?;
     let is_free = i32::from(mark.l_type) == libc::F_UNLCK;

@@ -22,8 +22,7 @@ pub fn limit_malloc_arenas(most: i32) {
     let _ = most;
 }
 
-/// Maps zeroed memory that stays for the life of this process. Only those of its pages that are used need memory, and
-/// time for their first use.
+/// Maps zeroed memory that stays for the life of this process. A page needs memory from its first use on.
 ///
 /// # Errors
 /// If there is not enough memory.

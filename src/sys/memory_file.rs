@@ -38,7 +38,7 @@ pub fn read(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Puts other bytes into one that `create` has made.
+/// Replaces the content of a file that `create` has made.
 ///
 /// # Errors
 /// When there is no descriptor or no memory left.

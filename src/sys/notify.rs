@@ -51,7 +51,7 @@ impl Notifier {
         self.watchdog.map(|_| self.watchdog_due)
     }
 
-    /// Sends the watchdog message if it is due at `now`, but not if the server `is_healthy` no longer.
+    /// Sends the watchdog message if it is due at `now` and `is_healthy` returns true.
     pub fn keep_alive(&mut self, now: u64, is_healthy: impl FnOnce() -> bool) {
         if let Some(interval) = self.watchdog
             && now >= self.watchdog_due

@@ -211,8 +211,8 @@ thread_local! {
     static REAPED: Cell<ReapedUse> = const { Cell::new((Pid(0), Duration::ZERO, 0)) };
 }
 
-/// What children have used: the pid of the last one; the CPU time of all, with that of the children that those
-/// have waited for (ru_utime and ru_stime, getrusage(2)); and the highest resident memory of one in bytes.
+/// What reaped children have used: the pid of the last one; the CPU time of all of them and of the children that they
+/// have reaped (ru_utime and ru_stime, getrusage(2)); and the highest resident memory of one in bytes.
 pub type ReapedUse = (Pid, Duration, u64);
 
 /// Takes what the children have used that this thread has reaped since the last call; all 0 if there were none.
@@ -406,7 +406,7 @@ pub fn monotonic_coarse_ms() -> u64 {
     now.num_milliseconds().unsigned_abs()
 }
 
-/// Returns the same time in milliseconds.
+/// Returns the time of CLOCK_MONOTONIC in milliseconds.
 pub fn monotonic_ms() -> u64 {
     u64::try_from(monotonic().as_millis()).unwrap_or(u64::MAX)
 }

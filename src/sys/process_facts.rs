@@ -34,7 +34,7 @@ pub struct ProcessFacts {
 /// Reads the facts of a process; `None` if it is gone, or if its pid was reused meanwhile.
 pub fn look(pid: Pid) -> Option<ProcessFacts> {
     let mut state = thread_state::look(pid, pid)?;
-    // One function says enough of a process that is not stuck in the kernel.
+    // The function in which it sleeps says enough.
     state.stack.clear();
     let text = bounded::read_lines(format!("/proc/{pid}/stat")).ok()?;
     let (before, fields) = text.rsplit_once(')')?;

@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::raw::c_void;
 use std::os::unix::fs::PermissionsExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -57,8 +57,8 @@ macro_rules! shared_record {
 
 pub(crate) use shared_record;
 
-/// The mode of the files. Without it a process of another user could open a descriptor that it may only read again for
-/// writing, through /proc/self/fd (memfd_create(2) makes files with the mode 0777).
+/// The mode of the files. memfd_create(2) makes them with the mode 0777. Then a process of another user that has a
+/// descriptor for reading could open the file for writing, through /proc/self/fd.
 const OWNER_ONLY: u32 = 0o600;
 
 /// Returns an array of `length` zeroed records, shared with every process forked from now on, and its
@@ -121,6 +121,30 @@ pub fn array_without_file<T: SharedRecord>(length: NonZeroUsize) -> io::Result<&
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
 }
 
+/// A flag, shared with every process forked from now on. It is set once and stays set.
+#[derive(Debug)]
+pub struct SharedFlag(OwnedArray<AtomicU32>);
+
+impl SharedFlag {
+    /// # Errors
+    /// ENOMEM.
+    pub fn new(is_set: bool) -> io::Result<Self> {
+        let flag = SharedFlag(OwnedArray::new(NonZeroUsize::MIN)?);
+        if is_set {
+            flag.set();
+        }
+        Ok(flag)
+    }
+
+    pub fn set(&self) {
+        self.0[0].store(1, SeqCst);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0[0].load(SeqCst) != 0
+    }
+}
+
 /// Zeroed records, shared with every process forked from now on. They are unmapped when this process
 /// drops them.
 #[derive(Debug)]
@@ -151,8 +175,8 @@ impl<T: SharedRecord> OwnedArray<T> {
 }
 
 /// Gives this process zeroed records of its own, which it may only read, instead of the shared ones. For a
-/// forked child that must not write what others read. It takes no memory, also where the system counts what is
-/// reserved.
+/// forked child that must not write what others read. Because it is read-only, it uses no memory and does not count
+/// for the commit limit (vm.overcommit_memory, proc_sys_vm(5)).
 ///
 /// # Errors
 /// ENOMEM.

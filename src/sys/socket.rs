@@ -400,13 +400,14 @@ pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, V
         let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
         let raw = fd.as_fd().as_raw_fd();
         let message = match recvmsg::<()>(raw, &mut parts, Some(&mut control), flags) {
-            // ECONNRESET: the peer has closed its end with unread packets. That is said once, before the packets
-            // that it had sent, and before the end.
+            // ECONNRESET: the peer has closed its end with unread packets. The kernel reports it once. The packets that
+            // the peer had sent follow, and then the end.
             Err(Errno::EINTR | Errno::ECONNRESET) => continue,
             other => other?,
         };
         let mut received = Vec::new();
-        // If there was no room for its descriptors, the packet arrives without them. It is not the end.
+        // If there was no room for its descriptors, the packet arrives without them. It still has a length, so callers do
+        // not take it for the end.
         for control in message.cmsgs().into_iter().flatten() {
             if let ControlMessageOwned::ScmRights(descriptors) = control {
                 received.extend(descriptors.into_iter().map(|descriptor| {

@@ -83,8 +83,8 @@ impl CycleBase {
         }
     }
 
-    /// Returns how many nanoseconds ago the counter had the value `then`. The rate is that of the time since `self`
-    /// was made.
+    /// Returns how many nanoseconds ago the counter had the value `then`. The rate of the counter is
+    /// measured from `self` until now.
     pub fn ns_since(self, then: u64) -> u64 {
         let now = CycleBase::now();
         let passed = u128::from(now.cycles.saturating_sub(self.cycles).max(1));

@@ -46,6 +46,7 @@ impl EventLoop {
             Ok(key) => key,
             Err(reason) => {
                 self.refuse(reactor, socket, &reason);
+                reactor.note_refused();
                 return None;
             }
         };
@@ -181,7 +182,7 @@ impl EventLoop {
         timers.arm(&mut self.listen_deadline, at, TimerTarget::Listen);
     }
 
-    /// Shows that this worker accepts again. `resume_listening` must follow.
+    /// Shows that this worker accepts again. `resume_listening` must follow, unless it drains or stops.
     pub(super) fn end_yield(&mut self) {
         let timers = &mut self.service.timers;
         timers.disarm(&mut self.listen_deadline, TimerTarget::Listen);

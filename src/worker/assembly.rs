@@ -119,7 +119,7 @@ pub fn build(
     let threads = Threads::start((count, sessions), pool, place, registry, &waker)
         .map_err(cant("start handler threads"))?;
     signal::unblock_all();
-    let reactor = Reactor::new().map_err(cant("make its event layer"))?;
+    let reactor = Reactor::new().map_err(cant("create the epoll instance"))?;
     let mut reactor = ManuallyDrop::new(reactor);
     let mut journal = CallJournal::default();
     let mut quarantine = UsedQuarantine::default();

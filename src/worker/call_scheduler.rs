@@ -93,8 +93,8 @@ impl CallScheduler {
         let size = self
             .registry
             .counted_size(method, params.len() + id.map_or(0, str::len));
-        // The expected size of a large result is that of the last one. Calls sent ahead, whose answers
-        // are not read, use room as well.
+        // The expected size of a large result is that of the last one. It counts from now
+        // on, because a client may send many calls before it reads an answer.
         let result = self.loads[method].last_result;
         let weight = size + if result < LARGE { 0 } else { result };
         let key = self.insert(NewCall {
@@ -228,8 +228,8 @@ impl CallScheduler {
 
     /// Returns whether there is room for a call's answer, because a client that never reads must not fill
     /// the memory with answers. The size of a result is unknown before the call runs, so the last result
-    /// of its method is the estimate. At most as many such calls run for one connection as may have their
-    /// answers waiting. A client that wants more concurrent large results needs several connections.
+    /// of its method is the estimate. For one connection, calls run only while
+    /// their expected answers have room. A client that wants more concurrent large results needs several connections.
     fn fits(&self, call: &ScheduledCall, backlog: usize) -> bool {
         if !call.is_own() {
             return true;

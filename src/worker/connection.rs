@@ -297,7 +297,7 @@ impl Connection {
         }
     }
 
-    /// Begins a batch of `left` calls. Each is answered as a member of the returned key.
+    /// Begins a batch of `left` calls. Returns its key, for `AnswerPosition::Member` of each call.
     pub fn begin_batch(&mut self, reply: PendingAnswer, left: usize) -> usize {
         self.batches.insert(Batch {
             reply,

@@ -13,8 +13,8 @@
 const PARTIAL_MS: u64 = 1000;
 /// The time between two checks for connections that are quiescent, or that take too long.
 const LOOK_MS: u64 = 25;
-/// How much later than it was sent the first order may have arrived. When the time has passed, the master orders the
-/// end.
+/// The longest delay of an order to drain, in milliseconds. At the deadline the master sends a second one, which means
+/// the end. One that comes earlier than this before the deadline is a late first order.
 const LATE_ORDER_MS: u64 = 1000;
 /// The time that remains for a drain if the worker was paused until its time had passed. The master,
 /// which was paused too, waits a little longer (`GRACE_AFTER_PAUSE`).

@@ -14,8 +14,8 @@ use slab::Slab;
 use super::call_table::RemoteCall;
 use super::link_requests::{ASK_AGAIN_MS, LinkRequests, LinkSeeker};
 use super::peer::{
-    LeaveState, Load, Peer, SharedPools, has_all_pools, is_fresh, is_lane_served, place,
-    shown_generation, used,
+    LeaveState, Load, Peer, SharedPools, has_all_pools, is_lane_served, place, shown_generation,
+    used,
 };
 use crate::handler::call_state::HandlerCall;
 use crate::handler::job_methods::JobMethod;
@@ -147,7 +147,7 @@ impl Forwarding {
         let order = self.peers_in_turn();
         let best = order
             .filter(|(_, peer)| {
-                !peer.is_leaving && !peer.link.is_congested() && is_fresh(peer.record, now_ms)
+                !peer.is_leaving && !peer.link.is_congested() && peer.record.is_fresh(now_ms)
             })
             .filter(|(_, peer)| peer.serves(lane, generation))
             .map(|(key, peer)| (peer.room(), key))
@@ -164,8 +164,8 @@ impl Forwarding {
                 // calls. It may not offer that capacity later, so check again.
                 self.recheck_by(now_ms + OFFER_TTL_MS);
             }
-            // A pool process finds a session with waiting calls over a link only. The record may show the lane of
-            // another generation, so the master decides which pool process is linked.
+            // A pool process does not see the calls that wait in a session without a link. The record may show the lane
+            // of another generation, so the master decides which pool process is linked.
             let is_any = self.is_session && lane > 0 && !self.pools.jobs.is(lane);
             let shown = self.pools.jobs.shown(lane);
             self.want_links(now_ms, |record| {
@@ -248,7 +248,7 @@ impl Forwarding {
         used(self.records).filter_map(move |(index, record)| {
             let is_worker = index != self.own && record.lane.load(Relaxed) == 0;
             let is_same = record.generation.load(Relaxed) == self.generation;
-            (is_worker && is_same && is_fresh(record, now_ms)).then_some(record)
+            (is_worker && is_same && record.is_fresh(now_ms)).then_some(record)
         })
     }
 

@@ -100,7 +100,7 @@ impl CallDispatcher {
                 }
                 DecodedFrame::TooLarge { length } => {
                     let limit = self.limits.frame;
-                    let text = format!("a frame of {length} bytes; limits.frame allows {limit}");
+                    let text = frame::too_large(length, limit);
                     return self.reject_too_large(connection, Framing::Frame, text, input);
                 }
             }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use slab::Slab;
 
-use super::peer::{Peer, is_fresh, used};
+use super::peer::{Peer, used};
 use crate::link::scoreboard::WorkerRecord;
 
 /// The largest number of links of a process to workers. At this number it asks for no further one.
@@ -66,7 +66,7 @@ impl LinkRequests {
             if index == seeker.own
                 || is_other
                 || !useful(record)
-                || !is_fresh(record, now_ms)
+                || !record.is_fresh(now_ms)
                 || self.asked.get(&index).is_some_and(is_asked)
                 || peers.iter().any(|(_, peer)| peer.record_index == index)
             {

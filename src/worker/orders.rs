@@ -122,8 +122,7 @@ impl EventLoop {
                     let _ = self.report(Report::Retiring);
                     self.start_drain(reactor, self.longest_drain());
                 }
-                // For a draining worker: the master orders the end, or the drain that is already in
-                // progress.
+                // In a drain: the master's order to end now, or a late copy of the order that began the drain.
                 _ => self.drain.expire_now(self.service.now_ms),
             }
         }
@@ -328,6 +327,7 @@ impl EventLoop {
         self.end_rebalance(reactor);
         (self.show_draining)();
         reactor.drain_accept_queues(false, self);
+        self.end_yield();
         attempts::drain(&mut self.service, until_ms);
         let now = self.service.now_ms;
         let limit = self.limit_of_calls(limit);
@@ -355,6 +355,7 @@ impl EventLoop {
         // A client in the accept queue is connected and may have sent a call. Connections that siblings
         // have sent can go to no other worker.
         reactor.drain_accept_queues(true, self);
+        self.end_yield();
         self.stop_giving(reactor);
         self.service.stopping = true;
         self.service.journal.stops();

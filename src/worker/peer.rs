@@ -19,9 +19,6 @@ use crate::sys::event::{Interest, Reactor};
 use crate::sys::process::Pid;
 use crate::throttle::limiter::Limiter;
 
-/// A worker whose event loop has not run for this long gets no calls. An idle loop runs once per second.
-const STALE_MS: u64 = 2000;
-
 /// After this number of unused records in a row, no further process is expected.
 const SEARCH_GAP: usize = 64;
 
@@ -215,7 +212,8 @@ impl Peer {
         if self.link.has_unsent() {
             self.link.flush();
         }
-        // A session that does not read is not read either. Two workers could then wait for each other.
+        // A session that does not read is not read either. For workers this rule would be wrong: two of them could wait
+        // for each other.
         let is_stopped = self.is_session() && self.link.is_congested();
         let wanted = match self.link.has_unsent() {
             true if is_stopped => Interest::Write,
@@ -277,11 +275,6 @@ impl Peer {
 /// Returns a generation as records show it: 0 stands for a process that takes no part in forwarding.
 pub fn shown_generation(generation: u32) -> u32 {
     generation.wrapping_add(1).max(1)
-}
-
-/// Returns whether the event loop of a worker has run recently.
-pub fn is_fresh(record: &WorkerRecord, now_ms: u64) -> bool {
-    now_ms.saturating_sub(record.heartbeat_ms.load(Relaxed)) < STALE_MS
 }
 
 /// Returns whether a process of this generation (as records show it) runs the calls of a lane, as it is shown.

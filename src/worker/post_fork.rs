@@ -29,7 +29,7 @@ pub fn init_worker_process(
 ) -> Result<(SignalPipe, Option<KeeperSetup>), (&'static str, io::Error)> {
     let is_session = boot.slot.session().is_some();
     if is_session {
-        leave_shared_memory(boot).map_err(|error| ("leave the memory of workers", error))?;
+        leave_shared_memory(boot).map_err(|error| ("replace the shared scoreboard", error))?;
     } else {
         let protected = boot.metrics.protect_header();
         protected.map_err(|error| ("protect the header of the metrics board", error))?;

@@ -83,8 +83,20 @@ sys.stdin.read()
     let output = check();
     let used = format!("used by the server with pid {}", server.id());
     assert!(text(&output.stdout).contains(&used), "{output:?}");
+    fs::remove_file(&store).unwrap();
+    let output = check();
+    assert_eq!(output.status.code(), Some(71), "{output:?}");
+    let gone = format!(
+        "there is no store, although the server with pid {}",
+        server.id()
+    );
+    assert!(text(&output.stderr).contains(&gone), "{output:?}");
     drop(server.stdin.take());
     server.wait().unwrap();
+    let output = check();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let gone = "there is no store, although a server has used one there";
+    assert!(text(&output.stdout).contains(gone), "{output:?}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use super::jobs_process;
 use crate::support::installed::{Installed, upgrade};
 use crate::support::{Builder, Client, Daemon, PATIENCE, example, process, source, wait_for};
 
@@ -79,6 +80,21 @@ fn record(client: &mut Client, id: &str) -> Value {
     client.call(&get)["result"].take()
 }
 
+/// Enqueues a job that ends its worker, and returns its id. The job can run, and end the worker of this client, before the
+/// answer is sent. Then the client sends the enqueue again.
+#[track_caller]
+fn enqueue_deadly(daemon: &Daemon, job: &Value) -> String {
+    let mut job = job.clone();
+    job["id"] = json!("018f0000-0000-7000-8000-00000000dead");
+    let request = json!({"in": "rpc.job.enqueue", "params": job});
+    let mut answer = daemon.client().call(&request);
+    while answer["result"]["name"] == "crashed" {
+        answer = daemon.client().call(&request);
+    }
+    let id = answer["result"]["job"].as_str();
+    id.unwrap_or_else(|| panic!("{answer}")).to_owned()
+}
+
 /// Waits until a job has ended, and returns its record.
 #[track_caller]
 fn wait_ended(client: &mut Client, id: &str) -> Value {
@@ -100,15 +116,6 @@ fn attempts(daemon: &Daemon, count: usize) -> Vec<String> {
     };
     wait_for("attempts", PATIENCE, || lines().len() >= count);
     lines()
-}
-
-/// Returns the pid of the jobs process.
-fn jobs_process(daemon: &Daemon) -> i32 {
-    let all = daemon.processes();
-    let found = all
-        .into_iter()
-        .find(|pid| process::title(*pid).ends_with(": jobs"));
-    found.unwrap()
 }
 
 fn kill_with(pid: i32, signal: Signal) {
@@ -226,7 +233,7 @@ fn a_job_that_crashes_its_worker_is_dead_after_max_crashes() {
     let id = enqueue(&mut client, &json!({"method": "block", "params": 0}));
     assert_eq!(wait_ended(&mut client, &id)["result"], 0);
     let job = json!({"method": "crash", "params": "abort"});
-    let id = enqueue(&mut client, &job);
+    let id = enqueue_deadly(&daemon, &job);
     let mut last = Value::Null;
     wait_for("the end of the job", PATIENCE, || {
         last = record(&mut daemon.client(), &id);
@@ -251,7 +258,7 @@ fn a_job_that_exits_its_worker_is_dead_after_max_crashes() {
         .expect_log("exited without an order")
         .start();
     let job = json!({"method": "exit", "params": [0, 0]});
-    let id = enqueue(&mut daemon.client(), &job);
+    let id = enqueue_deadly(&daemon, &job);
     let mut last = Value::Null;
     wait_for("the end of the job", PATIENCE, || {
         last = record(&mut daemon.client(), &id);

@@ -5,9 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
-use super::{call, enqueue_job, error, later, query, result, wait_metric, with_jobs};
+use super::{call, enqueue_job, error, jobs_process, later, query, result, wait_metric, with_jobs};
 use crate::support::{Daemon, PATIENCE, assert_within, binary, wait_for};
 
 /// Overwrites all pages of a store but the first one, as a failing disk may do. The log is written into the store
@@ -78,4 +80,32 @@ fn a_damaged_store_is_broken_until_an_operator_acts_and_calls_continue() {
     let output = daemon.command(&["stop"]);
     assert!(output.status.success(), "{output:?}");
     assert_within("the stop", stop.elapsed(), Duration::from_secs(2));
+}
+
+#[test]
+fn a_store_that_was_deleted_is_not_replaced_by_an_empty_one() {
+    let daemon = with_jobs("[workers]\ncount = 1\n")
+        .expect_log("job store broken: nothing more is written")
+        .expect_log("could not serve: job store")
+        .expect_log("reload refused, everything stays as it was")
+        .expect_log("ended by SIGKILL")
+        .start();
+    let mut client = daemon.client();
+    enqueue_job(&mut client, &later(&json!(1)));
+    let store = daemon.dir().join("jobs.db");
+    std::fs::remove_file(&store).unwrap();
+    let output = daemon.command(&["reload"]);
+    assert!(!output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("was moved, deleted or emptied"), "{said}");
+    // Neither does the next jobs process create one.
+    let pid = jobs_process(&daemon);
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    wait_for("the state in the status", PATIENCE, || {
+        let jobs = daemon.status()["jobs"].clone();
+        jobs["state"] == "broken" && jobs["pid"] != pid
+    });
+    assert!(!store.exists());
+    let refused = error(&mut client, "rpc.job.enqueue", &later(&json!(2)));
+    assert_eq!(refused["name"], "unavailable", "{refused}");
 }

@@ -104,7 +104,7 @@ fn an_array_is_stored_as_a_whole_or_not_at_all() {
         conflict["message"]
             .as_str()
             .unwrap()
-            .starts_with("job 1 of the array: ")
+            .starts_with("params[1]: ")
     );
     let store = daemon.dir().join("jobs.db");
     assert_eq!(super::query(&store, "SELECT count(*) FROM job"), 3);
@@ -266,7 +266,7 @@ fn bad_input_names_the_member_and_stores_nothing() {
         (
             json!([{"method": "ping"}, {"method": "none"}]),
             "method-not-found",
-            "job 1 of the array",
+            "params[1]",
         ),
     ] {
         let error = error(client, "rpc.job.enqueue", &params);

@@ -57,16 +57,17 @@ fn a_job_that_is_not_due_is_listed_shown_cancelled_retried_and_purged() {
         &["enqueue", "echo", "[1e0,  2]", "--id", ID, "--delay", "1h"],
     ));
     assert_eq!(id, ID);
-    let other = text(&call(
-        &daemon,
-        &["enqueue", "echo", "--delay", "1h", "--priority", "-3"],
-    ));
+    let limits = ["--max-attempts", "3", "--expires", "2h", "--timeout", "1s"];
+    let later = ["enqueue", "echo", "--delay", "1h", "--priority", "-3"];
+    let other = text(&call(&daemon, &[&later[..], &limits].concat()));
     assert_eq!(other.len(), 36);
     let all = jobs(&daemon, &[]);
     assert_eq!(
         (all.len(), &all[0]["job"], &all[1]["priority"]),
         (2, &ID.into(), &(-3).into())
     );
+    assert_eq!(all[1]["max_attempts"], 3, "{}", all[1]);
+    assert!(all[1]["expires_at_ms"].is_u64(), "{}", all[1]);
 
     let row = text(&operate(&daemon, &["list", "--state", "waiting"]));
     let first = row.lines().next().unwrap();

@@ -170,7 +170,9 @@ with sqlite3.connect(sys.argv[1]) as store:
 
 #[test]
 fn a_stopped_jobs_process_makes_jobs_unavailable_and_delays_no_call() {
-    let config = format!("{CONFIG}enqueue-timeout = \"500ms\"\n");
+    // It stays stopped for longer than a command waits for its answer.
+    let config = CONFIG.replace("count = 2", "count = 2\nheartbeat-timeout = \"120s\"");
+    let config = format!("{config}enqueue-timeout = \"500ms\"\n");
     let daemon = Daemon::builder().config(&config).start();
     let client = &mut daemon.client();
     let first = enqueue(client, &json!(1));
@@ -191,6 +193,13 @@ fn a_stopped_jobs_process_makes_jobs_unavailable_and_delays_no_call() {
     wait_for("an enqueue that was not sent", PATIENCE, || {
         error(client, "rpc.job.enqueue", &later(&json!(3)))["started"] == false
     });
+    wait_for("the state in the status", PATIENCE, || {
+        daemon.status()["jobs"]["state"] == "away"
+    });
+    let list = daemon.command(&["job", "list"]);
+    assert_eq!(list.status.code(), Some(69), "{list:?}");
+    let said = String::from_utf8_lossy(&list.stderr).into_owned();
+    assert!(said.contains("the jobs process or the master"), "{said}");
     kill(Pid::from_raw(jobs), Signal::SIGCONT).unwrap();
     let third = enqueue(client, &json!(4));
     for job in [&first, &third] {

@@ -22,6 +22,8 @@ const AFTERWARDS: Duration = Duration::from_secs(4);
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a condition may last that a worker does not survive.
 const SHORT: Duration = Duration::from_secs(1);
+/// What the answer to a call says that has not begun.
+const NOT_BEGUN: &str = "\"started\":false";
 /// The most calls ahead on a connection.
 const DEPTH: usize = 16;
 /// The most calls that one worker runs for others: its number of threads.
@@ -192,16 +194,14 @@ impl Kind {
             {
                 Kind::RunnerCrashed
             }
-            () if says(&["overloaded", "Too many open files", "\"started\":false"])
-                || says(&["overloaded", "Cannot allocate memory", "\"started\":false"]) =>
+            () if says(&["overloaded", "Too many open files", NOT_BEGUN])
+                || says(&["overloaded", "Cannot allocate memory", NOT_BEGUN]) =>
             {
                 Kind::Refused
             }
-            () if says(&[
-                "\"timeout\"",
-                "its deadline has passed",
-                "\"started\":false",
-            ]) =>
+            // It had passed before the call was queued, or it passed while the call waited.
+            () if says(&["\"timeout\"", "its deadline has passed", NOT_BEGUN])
+                || says(&["\"timeout\"", "its deadline passed", NOT_BEGUN]) =>
             {
                 Kind::Late
             }

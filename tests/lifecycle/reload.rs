@@ -333,9 +333,16 @@ fn a_command_that_names_another_file_than_the_servers_is_refused() {
 fn a_warning_is_logged_once_and_stays_in_the_status() {
     let daemon = Daemon::builder().config(GOOD).start();
     let unused = format!("{GOOD}[pools.idle]\ncommand = [\"cat\"]\n");
-    for config in [GOOD, &unused, &unused] {
+    for (config, is_new) in [(GOOD, false), (&unused, true), (&unused, false)] {
         daemon.configure(config);
-        assert!(daemon.command(&["reload"]).status.success());
+        let done = daemon.command(&["reload"]);
+        assert!(done.status.success(), "{done:?}");
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        assert_eq!(
+            said.contains("; warning: no method uses the pool idle"),
+            is_new,
+            "{said}"
+        );
     }
     let warnings = daemon.status()["master"]["warnings"].clone();
     let as_root = usize::from(nix::unistd::geteuid().is_root());

@@ -32,6 +32,11 @@ fn while_all_workers_are_stopped_the_scrape_answers_and_shows_it() {
     let daemon = Daemon::builder().config(&config).start();
     let address = address(&daemon);
     daemon.client().call(&json!({"in": "ping"}));
+    // A worker counts a call after it has sent the answer.
+    let counted = || series(address, "preforkd_calls_total{method=\"ping\"}");
+    wait_for("the count of the call", PATIENCE, || {
+        counted().as_deref() == Some("1")
+    });
     let heartbeat = |slot: u32| {
         let name = format!("preforkd_worker_heartbeat_timestamp_seconds{{slot=\"{slot}\"}}");
         number(series(address, &name))
@@ -59,10 +64,7 @@ fn while_all_workers_are_stopped_the_scrape_answers_and_shows_it() {
         series(address, "preforkd_master_responding").as_deref(),
         Some("1")
     );
-    assert_eq!(
-        series(address, "preforkd_calls_total{method=\"ping\"}").as_deref(),
-        Some("1")
-    );
+    assert_eq!(counted().as_deref(), Some("1"));
     let top = daemon.command(&["top", "--once", "--interval", "100ms"]);
     assert!(top.status.success(), "{top:?}");
     assert_eq!(page(address, "/status.json").status, 200);

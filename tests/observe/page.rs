@@ -412,6 +412,25 @@ fn names_and_errors_of_html_and_control_characters_stay_text() {
     );
 }
 
+#[cfg(feature = "jobs-sqlite")]
+#[test]
+#[ignore = "needs Chromium"]
+fn the_queues_of_durable_jobs_are_shown() {
+    let Some(mut browser) = Browser::start() else {
+        return;
+    };
+    let config = format!("{CONFIG}[jobs]\nstore = \"sqlite:jobs.db\"\n");
+    let daemon = builder().config(&config).start();
+    assert!(daemon.command(&["job", "pause", "ping"]).status.success());
+    let later = json!({"method": "ping", "delay_ms": 3_600_000});
+    call(&daemon, "rpc.job.enqueue", &later, 3);
+    browser.open(address(&daemon), &json!({}));
+    let expected = ["ping", "▲ paused", "3", "0", "–", "0", "0"];
+    wait_for("the queue", PATIENCE, || browser.rows("jobs") == [expected]);
+    let store = browser.run("return it.page.textContent('#jobs-store')");
+    assert!(store.as_str().unwrap().contains("jobs.db: up"), "{store}");
+}
+
 #[test]
 #[ignore = "needs Chromium"]
 fn without_an_answer_the_page_says_since_when() {

@@ -54,7 +54,7 @@ read_until("[1 workers]")
 raw = termios.tcgetattr(terminal)
 for keys, wanted in (("2", "[2 methods]"), ("/", "Enter keep"), ("pin\r", 'filter "pin"'), ("?", "longer or shorter"),
                      ("\x1b", "1 rows"), ("\r", "Method: "), ("\x1b", "1 rows"), ("\x1b", "3 rows"), ("\t", "[3 pools]"),
-                     ("4", "[4 events]"), ("5", "slow log off"), (" ", "paused"), (" ", "every"), ("+", "2s")):
+                     ("4", "[4 events]"), ("5", "slow log off"), ("6", "no durable jobs"), (" ", "paused"), (" ", "every"), ("+", "2s")):
     type_(keys); read_until(wanted)
 for size in ((1, 1), (19, 4), (30, 6), (120, 40)):
     resize(*size); type_("1")
@@ -135,6 +135,7 @@ fn one_frame_is_printed_for_a_pipe() {
         "ping",
         "\nevents:\n",
         "slow log off",
+        "no durable jobs",
     ] {
         assert!(text.contains(wanted), "no {wanted} in {text}");
     }

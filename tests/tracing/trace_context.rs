@@ -54,10 +54,14 @@ def seen():
 
 @method(spread=False)
 def pooled(params):
+    if params == "raise":
+        raise ValueError(params)
     return seen()
 
 @method(spread=False)
 async def waits(params):
+    if params == "raise":
+        raise ValueError(params)
     before = seen()[:3]
     await asyncio.sleep(0.05)
     assert seen()[:3] == before
@@ -222,6 +226,17 @@ fn an_invalid_or_repeated_parent_begins_a_trace_without_the_state() {
     let (parent, state) = passed(&client.call(&call)["result"]);
     assert_continues(&parent, PARENT);
     assert_eq!(state, "", "an invalid state is dropped alone");
+}
+
+#[test]
+fn the_helper_names_the_call_of_a_traceback() {
+    let daemon = traced();
+    let mut client = daemon.client();
+    for method in ["pooled", "waits"] {
+        let answer = client.call(&json!({"in": method, "params": "raise"}));
+        let call = answer["result"]["call"].as_str().unwrap();
+        daemon.wait_log(&format!("call {call} failed:"));
+    }
 }
 
 #[test]

@@ -39,7 +39,9 @@ pub(crate) fn enqueue(args: &EnqueueArgs, overrides: &Overrides) -> Result<Strin
         delay: args.delay,
         at_ms: args.at,
         priority: args.priority,
-        ..EnqueueOptions::default()
+        max_attempts: args.max_attempts,
+        timeout: args.timeout,
+        expires: args.expires,
     };
     let mut client = Client::connect(&address, Some(ANSWER_LIMIT))?;
     let stored = client.enqueue_with(&args.method, params, &options);

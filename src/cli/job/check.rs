@@ -33,6 +33,7 @@ pub(crate) fn check(
 #[cfg(feature = "jobs-sqlite")]
 fn report(jobs: &JobsConfig) -> Result<String> {
     use crate::config::JobStore;
+    use crate::jobs::store::error::OpenError;
     use crate::jobs::store::sqlite;
     use crate::sys::instance_lock::{self, InstanceLock};
 
@@ -45,12 +46,26 @@ fn report(jobs: &JobsConfig) -> Result<String> {
         Some(pid) => format!("used by the server with pid {pid}"),
         None => "not used by a server".to_owned(),
     };
-    let text = match sqlite::inspect(path, true)? {
-        None => format!(
+    let text = match (sqlite::inspect(path, true)?, master) {
+        // The lock file is never removed.
+        (None, None) if lock.exists() => format!(
+            "{}: there is no store, although a server has used one there; put it back, or the next start creates \
+             an empty one\n",
+            path.display()
+        ),
+        (None, None) => format!(
             "{}: does not exist yet; the server creates it\n",
             path.display()
         ),
-        Some(facts) => {
+        (None, Some(pid)) => {
+            return Err(OpenError::new(
+                path,
+                format!("there is no store, although the server with pid {pid} uses this path"),
+                "if the file was moved or deleted, stop the server and put the file back; a server that starts creates it",
+            )
+            .into());
+        }
+        (Some(facts), _) => {
             let (major, minor) = facts.schema;
             format!(
                 "{}: intact, {user}\nschema={major}.{minor} waiting={} running={} durable={}\n",

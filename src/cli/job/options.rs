@@ -119,6 +119,15 @@ pub struct EnqueueArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = clap::value_parser!(i8).range(-9..=9))]
     pub priority: Option<i8>,
+    /// The number of attempts, at most that of the method [default: that of the method]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_attempts: Option<u32>,
+    /// The longest run of one attempt, at most that of the method [default: that of the method]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// A job that still waits after this time is dead
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub expires: Option<Duration>,
     /// Wait until the job has ended, and print its result instead of its id
     #[arg(long)]
     pub wait: bool,

@@ -26,7 +26,7 @@ const LEAST_SIZE: (u16, u16) = (20, 5);
 /// The rows around the rows of the table, without the figures of the header: title, tabs, heading and footer.
 const AROUND: u16 = 4;
 
-const HELP: &str = "1-5, Tab   pane\n\
+const HELP: &str = "1-6, Tab   pane\n\
     s S        sort by the next column, reverse the order\n\
     /          filter; Esc clears it\n\
     arrows     move; PgUp PgDn Home End too\n\

@@ -117,6 +117,11 @@ pub(super) fn items(figures: &Figures, now: u64) -> Vec<HeaderItem> {
         units::count(queued),
         bad_if(queued > 0, Tone::Warn),
     ));
+    if let Some(jobs) = &status.jobs {
+        let tone = bad_if(jobs.state != "up", Tone::Bad);
+        items.push(item("job store", escaped(&jobs.state), tone));
+        items.push(item("jobs due", units::count(jobs.due), Tone::Plain));
+    }
     let quarantined = status.quarantine.len() as u64;
     let tone = bad_if(quarantined > 0, Tone::Bad);
     items.push(item("quarantine", units::count(quarantined), tone));

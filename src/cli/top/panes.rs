@@ -7,7 +7,7 @@ use super::text::{UNKNOWN, joined, rate, sparkline};
 use crate::cli::units;
 use crate::observe::content::Figures;
 use crate::observe::totals::{MethodFigures, SlowFigures};
-use crate::protocol::control::{DeathStatus, PoolStatus, WorkerStatus};
+use crate::protocol::control::{DeathStatus, PoolStatus, QueueStatus, Status, WorkerStatus};
 
 /// The width of the chart of the calls of the last 60 s, in characters.
 const SPARK_WIDTH: usize = 20;
@@ -19,6 +19,7 @@ pub(super) enum Pane {
     Pools,
     Events,
     Slow,
+    Jobs,
 }
 
 /// A column of a pane.
@@ -109,17 +110,28 @@ const SLOW: [PaneColumn; 6] = [
     elastic("Evidence", 0),
 ];
 
+const JOBS: [PaneColumn; 7] = [
+    words("Method", 0),
+    words("State", 3),
+    number("Waiting", 2),
+    number("Due", 0),
+    number("Oldest due", 0),
+    number("Running", 4),
+    number("Dead", 1),
+];
+
 impl Pane {
-    pub(super) const ALL: [Pane; 5] = [
+    pub(super) const ALL: [Pane; 6] = [
         Pane::Workers,
         Pane::Methods,
         Pane::Pools,
         Pane::Events,
         Pane::Slow,
+        Pane::Jobs,
     ];
 
     pub(super) fn title(self) -> &'static str {
-        ["workers", "methods", "pools", "events", "slow"][self as usize]
+        ["workers", "methods", "pools", "events", "slow", "jobs"][self as usize]
     }
 
     pub(super) fn columns(self) -> &'static [PaneColumn] {
@@ -129,6 +141,7 @@ impl Pane {
             Pane::Pools => &POOLS,
             Pane::Events => &EVENTS,
             Pane::Slow => &SLOW,
+            Pane::Jobs => &JOBS,
         }
     }
 
@@ -153,6 +166,7 @@ impl Pane {
             Pane::Pools => status.pools.iter().map(|it| pool(it, figures)).collect(),
             Pane::Events => events(figures, now),
             Pane::Slow => slow(figures, now),
+            Pane::Jobs => jobs(status),
         }
     }
 }
@@ -299,6 +313,34 @@ fn slow(figures: &Figures, now: u64) -> Vec<PaneRow> {
         ]
     };
     members.slow.iter().map(row).collect()
+}
+
+fn jobs(status: &Status) -> Vec<PaneRow> {
+    let Some(jobs) = &status.jobs else {
+        let blank = JOBS[1..].iter().map(|_| text(""));
+        return vec![[text("no durable jobs")].into_iter().chain(blank).collect()];
+    };
+    let row = |queue: &QueueStatus| {
+        let state = match (queue.served, queue.paused) {
+            (false, _) => text("no such method").toned(Tone::Bad),
+            (true, true) => text("paused").toned(Tone::Warn),
+            (true, false) => text("runs"),
+        };
+        let oldest = queue.oldest_due_ms;
+        vec![
+            text(&queue.method),
+            state,
+            count(queue.waiting),
+            count(queue.due),
+            figure(
+                oldest.map_or(-1.0, |age| age as f64),
+                oldest.map_or_else(|| UNKNOWN.to_owned(), units::milliseconds),
+            ),
+            count(queue.running),
+            count(queue.dead).zero_is_good(Tone::Bad),
+        ]
+    };
+    jobs.methods.iter().map(row).collect()
 }
 
 fn events(figures: &Figures, now: u64) -> Vec<PaneRow> {

@@ -24,8 +24,8 @@ use crate::observe::process_rates::{PoolProgramCounts, ProcessCount, ProcessCoun
 use crate::observe::totals::{BoardMembers, MethodFigures, ServerTotals};
 use crate::protocol::Code;
 use crate::protocol::control::{
-    DeathStatus, LastReload, ListenerStatus, OldestCall, PoolStatus, ProgramPhase, ProgramStatus,
-    ReloadStatus, Status, WorkerPhase, WorkerStatus,
+    DeathStatus, JobsStatus, LastReload, ListenerStatus, OldestCall, PoolStatus, ProgramPhase,
+    ProgramStatus, QueueStatus, ReloadStatus, Status, WorkerPhase, WorkerStatus,
 };
 
 const NOW: u64 = 10_000;
@@ -119,6 +119,25 @@ fn status() -> Status {
         backlog: 511,
         refused_per_source: 0,
     }];
+    let queue = |method: &str, oldest_due_ms| QueueStatus {
+        method: method.into(),
+        waiting: 1_200,
+        due: 3,
+        running: 2,
+        oldest_due_ms,
+        served: true,
+        ..QueueStatus::default()
+    };
+    let mut old = queue("old", Some(90_000));
+    (old.served, old.dead) = (false, 7);
+    let mut paused = queue(EVIL, None);
+    paused.paused = true;
+    status.jobs = Some(JobsStatus {
+        state: "full".into(),
+        due: 9,
+        methods: vec![queue("mail", Some(4_200)), old, paused],
+        ..JobsStatus::default()
+    });
     status
 }
 
@@ -246,6 +265,7 @@ fn each_pane_is_drawn_as_recorded() {
         ("pools-100x16.txt", "3", (100, 16)),
         ("events-80x16.txt", "4", (80, 16)),
         ("slow-60x12.txt", "5", (60, 12)),
+        ("jobs-80x16.txt", "6", (80, 16)),
         ("details-80x24.txt", "1\n", (80, 24)),
         ("help-80x24.txt", "?", (80, 24)),
         ("filter-80x16.txt", "2/sc", (80, 16)),
@@ -257,7 +277,7 @@ fn each_pane_is_drawn_as_recorded() {
 
 #[test]
 fn a_frame_of_any_size_can_be_drawn() {
-    for keys in ["1", "2", "3", "4", "5", "?", "1\n", "/x"] {
+    for keys in ["1", "2", "3", "4", "5", "6", "?", "1\n", "/x"] {
         for width in [1, 2, 19, 20, 21, 59, 200] {
             for height in [1, 4, 5, 6, 9, 60] {
                 frame(keys, (width, height));

@@ -142,7 +142,7 @@ impl View {
         let page = page.max(1);
         match key {
             KeyCode::Char('q') => return KeyOutcome::Quit,
-            KeyCode::Char(digit @ '1'..='5') => {
+            KeyCode::Char(digit @ '1'..='6') => {
                 self.pane = Pane::ALL[digit as usize - '1' as usize]
             }
             KeyCode::Tab => self.pane = Pane::ALL[(place + 1) % Pane::ALL.len()],

@@ -167,6 +167,13 @@ fn values_that_cannot_be_used_are_refused_with_key_and_remedy() {
             "methods.ping.job.priority: 10 is out of range; give -9 to 9",
         ),
         (
+            format!(
+                "{store}[[listen]]\naddress = 'unix:/run/x'\nisolation = 'connection'\n[pools.p]\n\
+                 command = ['/bin/true']\nscope = 'connection'\n[methods.m]\npool = 'p'\n[methods.m.job]"
+            ),
+            "methods.m.job: the pool \"p\" has scope = \"connection\"",
+        ),
+        (
             "[methods.ping.job]\npriority = 1".to_owned(),
             "methods.ping.job: there is no [jobs]",
         ),

@@ -1,6 +1,5 @@
-//! Tracks whether all programs of a pool have been ready once, and whether one more than usual may run.
-//!
-//! A pool process serves when all programs have been ready.
+//! Tracks whether all programs of a pool have been ready once, because a pool process serves from then on. Also limits
+//! the programs beyond `processes` to one.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};

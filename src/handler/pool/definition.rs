@@ -193,7 +193,7 @@ impl Pool {
         deaths.map_or_else(Vec::new, |deaths| deaths[0].take())
     }
 
-    /// Whether a program belongs to one connection: none follows it.
+    /// Returns whether each program belongs to one connection. Such a program is not replaced when it ends.
     pub(super) fn is_of_connection(&self) -> bool {
         self.settings.scope == config::PoolScope::Connection
     }

@@ -322,7 +322,7 @@ impl Dispatcher {
 
     fn end(&mut self, number: usize, why: Why) {
         self.empty(number, |connection| SupervisorOrder::End(connection, why));
-        // A waiting call that this program was to run may need another one.
+        // Calls that waited for this program need another one.
         self.serve();
     }
 
@@ -427,7 +427,7 @@ impl Dispatcher {
         }
     }
 
-    /// Takes all programs out of service and sends them back. Call `settle` and `close` afterwards.
+    /// Takes all programs out of service and sends them back. Call `settle` afterwards.
     pub fn release_all(&mut self) {
         // The waiting calls were answered, or will never be.
         self.line.waiting.clear();

@@ -53,8 +53,8 @@ use wire::PIECE;
 const STACK: usize = 256 * 1024;
 /// How long a program may take to exit with its worker, before SIGTERM and after it.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long a program may take to exit if the master has died. It is shorter, because nothing may be left one second
-/// after that.
+/// How long a program may take to exit if the master has died. It is shorter, because all programs must be gone one
+/// second after the master's death.
 const SHORT_GRACE: Duration = Duration::from_millis(200);
 /// How long a killed program may take to end.
 const DYING: Duration = Duration::from_secs(1);
@@ -357,7 +357,7 @@ impl Pools {
             .put(call);
     }
 
-    /// Returns whether all programs have been ready.
+    /// Returns how far the start of the programs is.
     pub fn stage(&self) -> Stage {
         self.boot.stage()
     }

@@ -20,7 +20,7 @@ use crate::handler::job_attempt::JobAttempt;
 use crate::handler::registry::Registry;
 use crate::handler::trace::Trace;
 use crate::protocol::code::Code;
-use crate::protocol::frame::DecodedFrame;
+use crate::protocol::frame::{self, DecodedFrame};
 use crate::protocol::program::{self, CallExtras, Sent};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::{monotonic, monotonic_ms};
@@ -285,7 +285,7 @@ impl ProgramConnection {
         None
     }
 
-    /// Returns whether its message cannot be the answer to its call, because it has not read the call.
+    /// Returns whether a message that has come cannot be an answer, because the program has not read its call.
     fn answers_too_early(&self) -> bool {
         self.running.is_some() && self.next.is_none() && self.wire.has_unread()
     }
@@ -322,10 +322,7 @@ impl ProgramConnection {
                 }
                 DecodedFrame::Partial { .. } => return Err("it sent a frame without a call".into()),
                 DecodedFrame::TooLarge { length } => {
-                    let limit = line.limit;
-                    return Err(format!(
-                        "a frame of {length} bytes; limits.frame allows {limit}"
-                    ));
+                    return Err(frame::too_large(length, line.limit));
                 }
                 DecodedFrame::Whole { body, used } => match program::read(body, line.depth) {
                     Ok(Sent::Ready) if !self.has_spoken => (used, None),
@@ -388,10 +385,7 @@ impl ProgramConnection {
                 }
                 DecodedFrame::Partial { .. } => return Ok(()),
                 DecodedFrame::TooLarge { length } => {
-                    let limit = line.limit;
-                    return Err(format!(
-                        "a frame of {length} bytes; limits.frame allows {limit}"
-                    ));
+                    return Err(frame::too_large(length, line.limit));
                 }
                 DecodedFrame::Whole { body, used } => (body, used),
             };

@@ -142,7 +142,7 @@ impl DeathEntry {
             reason: load_text(&self.reason, self.reason_length.load(Relaxed)),
             at: self.at.load(Relaxed),
         };
-        // Otherwise another one was written meanwhile, and is taken the next time.
+        // If the number has changed, another record was written meanwhile. It is taken the next time.
         fence(Acquire);
         let is_whole = (self.number).compare_exchange(number, 0, Relaxed, Relaxed);
         is_whole.is_ok().then_some((number, death))

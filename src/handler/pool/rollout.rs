@@ -1,6 +1,6 @@
 //! Decides which program of a pool is started or ended next while the programs are replaced one by one.
 //!
-//! Pure. A program is known by its number. The number also tells with which table it was started. There is at most
+//! Pure. A program is known by its number, and each has the table that it was started with. There is at most
 //! one program more than `processes`. An old program is ended only when a new one serves instead, so the number of
 //! programs that serve never falls.
 

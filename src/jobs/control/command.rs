@@ -1,6 +1,7 @@
 //! Carries out one command of an operator, in a thread of its own.
 //!
-//! It may be cut off at any time. Then whole requests are done, because each is a transaction.
+//! If the process ends during a command, some of its requests are done and the others are not, because each is a
+//! transaction.
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::os::fd::AsFd;
@@ -59,6 +60,9 @@ pub trait ControlStore: Send + Sync {
     /// # Errors
     /// Why the store cannot do it now.
     fn run(&self, task: ControlTask) -> Result<ControlReply, String>;
+
+    /// Returns whether jobs of this method can run in this generation.
+    fn has_method(&self, method: &str) -> bool;
 }
 
 /// Why a command has no answer: a refusal, or the connection is gone.
@@ -205,13 +209,13 @@ impl<'a> OperatorCommand<'a> {
             }
             JobRequest::Pause { method } => {
                 self.pause(&method, true)?;
-                Ok(Some(format!(
-                    "{method} is paused: no attempt of it begins, and running ones continue"
-                )))
+                let what = "is paused: no attempt of it begins, and running ones continue";
+                Ok(Some(format!("{method} {what}{}", self.unknown(&method))))
             }
             JobRequest::Resume { method } => {
                 self.pause(&method, false)?;
-                Ok(Some(format!("{method} is not paused: its attempts begin")))
+                let what = "is not paused: attempts of its due jobs begin";
+                Ok(Some(format!("{method} {what}{}", self.unknown(&method))))
             }
             JobRequest::Export => self.export().map(Some),
             JobRequest::Import => self.import().map(Some),
@@ -317,6 +321,14 @@ impl<'a> OperatorCommand<'a> {
                 return Ok((done, 0));
             }
             after = selected.next;
+        }
+    }
+
+    /// Returns what to add to a message about this method. It may come with the next reload, or its name is misspelled.
+    fn unknown(&self, method: &str) -> &'static str {
+        match self.store.has_method(method) {
+            true => "",
+            false => "; there is no method of this name now",
         }
     }
 

@@ -37,6 +37,10 @@ impl ControlStore for DirectStore {
             }
         })
     }
+
+    fn has_method(&self, method: &str) -> bool {
+        method != "typo"
+    }
 }
 
 struct AwayStore;
@@ -44,6 +48,10 @@ struct AwayStore;
 impl ControlStore for AwayStore {
     fn run(&self, _: ControlTask) -> Result<ControlReply, String> {
         Err("the store is away: disk gone".into())
+    }
+
+    fn has_method(&self, _: &str) -> bool {
+        true
     }
 }
 
@@ -202,14 +210,16 @@ fn a_state_selects_all_its_jobs() {
 #[test]
 fn a_method_is_paused_and_resumed() {
     let store = store();
-    for (name, expected) in [("pause", "a is paused: "), ("resume", "a is not paused: ")] {
-        let lines = command(
-            &store,
-            &format!("{{\"job\":\"{name}\",\"method\":\"a\"}}\n"),
-        );
-        let said = lines[0]["message"].as_str().unwrap();
-        assert!(said.starts_with(expected), "{said}");
-    }
+    let said = |name: &str, method: &str| {
+        let request = json!({"job": name, "method": method});
+        let lines = command(&store, &format!("{request}\n"));
+        lines[0]["message"].as_str().unwrap().to_owned()
+    };
+    assert!(said("pause", "a").starts_with("a is paused: "));
+    assert!(said("resume", "a").starts_with("a is not paused: "));
+    let unknown = "there is no method of this name now";
+    assert!(said("pause", "typo").ends_with(unknown));
+    assert!(!said("pause", "a").ends_with(unknown));
 }
 
 #[test]

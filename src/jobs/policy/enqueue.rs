@@ -88,9 +88,9 @@ pub struct NewJob {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EnqueueDefaults {
     pub priority: i8,
-    /// The value without `max_attempts`, and the most.
+    /// Used if an enqueue has no `max_attempts`. Also the largest value that one may have.
     pub max_attempts: u32,
-    /// The value without `timeout_ms`, and the most.
+    /// The same for `timeout_ms`.
     pub timeout_ms: u64,
 }
 
@@ -141,7 +141,7 @@ pub fn parse(
     }
     let jobs = items.first.iter().enumerate().map(|(at, item)| {
         one(item, rules, trace, &mut new_id).map_err(|mut error| {
-            error.message = format!("job {at} of the array: {}", error.message);
+            error.message = format!("params[{at}]: {}", error.message);
             error
         })
     });

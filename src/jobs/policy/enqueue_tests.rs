@@ -176,7 +176,7 @@ fn an_array_is_refused_as_a_whole_and_the_error_names_the_item() {
     assert!(is_array);
     assert_eq!((jobs[0].id, &*jobs[1].params), (JobId([1; 16]), "2"));
     let error = read(r#"[{"method":"mail"},{"method":"post"}]"#).unwrap_err();
-    assert!(error.message.starts_with("job 1 of the array: "), "{error}");
+    assert!(error.message.starts_with("params[1]: "), "{error}");
     assert_eq!(error.table_code(), Some(Code::MethodNotFound));
 }
 

@@ -29,8 +29,8 @@ impl JobId {
         JobId(bytes).with_version(7)
     }
 
-    /// Returns one of many ids that belong to this one, which has random bits: 0 is the id itself. The others have its
-    /// time, and random bits that follow from its own. They tell nothing of each other.
+    /// Derives the id with this number from a random one. Number 0 is the id itself. The others have its time, and bits
+    /// that are computed from it. No derived id can be computed from another one.
     pub fn nth(self, number: usize) -> Self {
         if number == 0 {
             return self;

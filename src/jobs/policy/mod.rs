@@ -1,8 +1,8 @@
 //! Decides about jobs: ids, states, retries, turns of queues, validation and retention.
 //!
 //! Nothing here reads a clock, makes a random number or a system call. Callers pass the time in milliseconds
-//! since 1970 (UTC) and random bits. Both engines call these functions inside their transactions, so a rule
-//! is written once.
+//! since 1970 (UTC) and random bits. The engine and the model of the tests call these functions inside their
+//! transactions, so a rule is written once.
 
 pub mod enqueue;
 #[cfg(test)]

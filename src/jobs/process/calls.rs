@@ -119,7 +119,8 @@ fn begin_enqueue(
         secret: core.store.opened.as_ref().map(|opened| &opened.secret[..]),
         now: unix_time_ms(),
     };
-    // With the seed all ids could be computed. So it is no id of an array, whose jobs may belong to many.
+    // All ids of an array can be computed from the seed. So no job of an array has the seed as its id: the jobs may
+    // belong to several clients.
     let mut made = usize::from(call.params.trim_start().starts_with('['));
     let trace = call.trace.as_deref().map(trace_text);
     let (jobs, is_array) = enqueue::parse(&call.params, &rules, trace.as_deref(), || {
@@ -274,7 +275,7 @@ pub fn enqueued(core: &mut JobsCore, call: CallPlace, reply: EnqueueReply) {
         EnqueueReply::Conflict { index, id } => {
             let text = match change.is_array {
                 true => format!(
-                    "job {index} of the array: the id {id} exists with another method or other params"
+                    "params[{index}]: the id {id} exists with another method or other params"
                 ),
                 false => format!("the id {id} exists with another method or other params"),
             };

@@ -57,7 +57,7 @@ fn take_claim(executors: &mut Executors, link: u64, now_ms: u64) -> Option<Claim
         return None;
     }
     let mut running = BTreeMap::new();
-    for attempt in executor.attempts.values() {
+    for attempt in executor.attempts.values().filter(|it| !it.is_settling) {
         *running.entry(attempt.method.as_str()).or_insert(0) += 1;
     }
     let free = FreeExecutor {
@@ -74,8 +74,8 @@ fn take_claim(executors: &mut Executors, link: u64, now_ms: u64) -> Option<Claim
     Some(request)
 }
 
-/// Sends claimed jobs to the executor for which they were claimed. `most` of the claim is known here; `next_ms` is
-/// the time of the store when the next job of the claimed queues is due.
+/// Sends claimed jobs to the executor for which they were claimed. `next_ms` is the time of the store when the next job
+/// of the claimed queues is due.
 pub fn claimed(
     executors: &mut Executors,
     link: u64,

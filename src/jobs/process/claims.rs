@@ -12,8 +12,8 @@ use crate::jobs::store::request::ClaimRequest;
 
 /// The time between two claims of a lane whose due jobs could not be claimed.
 const RETRY_MS: u64 = 100;
-/// How long an executor gets no job of a method after it has refused one: the limits of the method, or a call that was
-/// faster.
+/// How long an executor gets no job of a method after it has refused one. It refuses if a limit of the method is
+/// reached, or if a call has taken the capacity.
 const REFUSED_MS: u64 = 100;
 /// The same if a pool refuses again: its programs cannot be started.
 const REFUSED_POOL_MS: u64 = 1_000;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::store_event::RequestHold;
+use crate::handler::registry::Registry;
 use crate::jobs::control::{ControlReply, ControlStore, ControlTask, ControlThreads};
 use crate::sys::waker::Waker;
 
@@ -18,6 +19,7 @@ pub type TaskReply = Result<ControlReply, String>;
 struct TaskSender {
     tasks: Sender<(ControlTask, Sender<TaskReply>)>,
     waker: Arc<Waker>,
+    registry: Arc<Registry>,
 }
 
 impl ControlStore for TaskSender {
@@ -27,6 +29,10 @@ impl ControlStore for TaskSender {
         self.waker.wake();
         let reply = sent.ok().and_then(|()| reply.recv().ok());
         reply.unwrap_or_else(|| Err("the jobs process ends; try again".to_owned()))
+    }
+
+    fn has_method(&self, method: &str) -> bool {
+        self.registry.find(method, false).is_some()
     }
 }
 
@@ -47,11 +53,12 @@ pub struct Commands {
 }
 
 impl Commands {
-    pub fn new(waker: &Arc<Waker>) -> Self {
+    pub fn new(waker: &Arc<Waker>, registry: &Arc<Registry>) -> Self {
         let (sender, tasks) = unbounded();
         let store = Arc::new(TaskSender {
             tasks: sender,
             waker: Arc::clone(waker),
+            registry: Arc::clone(registry),
         });
         Commands {
             threads: ControlThreads::new(store),

@@ -40,7 +40,8 @@ pub fn compare(
                 if is_alone || since_ms + CAUSE_MS <= now_ms {
                     actions.extend(take_over_dead(executors, row, id, now_ms));
                 } else {
-                    // The other jobs process settles it, unless its own executor was an earlier one.
+                    // The other jobs process settles it, unless it never had a link to this executor. So it is left to
+                    // that process for a while only.
                     executors.foreign_dead.insert(row.executor, since_ms);
                     executors.look_at(since_ms + CAUSE_MS);
                 }
@@ -71,7 +72,7 @@ pub fn compare(
         }
         let is_reported = executor.reports.iter().any(|report| report.id == id);
         let is_named = is_reported || executor.named.contains(&id);
-        // An executor cannot name yet what a claim under way brings.
+        // The claim under way may have begun this attempt. Then its executor does not have it yet, and cannot name it.
         if !is_named && let Some(claiming) = claiming.and_then(|it| executors.all.get_mut(&it)) {
             claiming.maybe_claimed.push(id);
             continue;

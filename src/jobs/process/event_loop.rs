@@ -42,8 +42,8 @@ const TICK_MS: u64 = 1_000;
 /// How often the store is checked for changes by another jobs process, while there is one, in milliseconds.
 const LOOK_MS: u64 = 100;
 const PIECE_LEN: usize = 64 * 1024;
-/// The calls that a worker may send before it sees the next epoch. They wait for the store and not for capacity, and
-/// the workers limit their bytes.
+/// The capacity that the record shows. It has no real limit, because calls wait for the store and not for capacity. The
+/// workers limit their bytes.
 const ROOM: u32 = 1 << 20;
 /// How long the last group may take if the process must exit at once.
 const AT_ONCE_MS: u64 = 300;
@@ -404,7 +404,8 @@ impl Driver for JobsLoop {
                 {
                     self.end_link(link, reactor);
                 }
-                // An offer must not be answered with a new epoch: that would bring the next offer.
+                // Publish only after calls. If an offer made this process publish, the other side would offer again, without
+                // end.
                 self.is_stale |= self.parts.core.calls != before;
             }
             // It has no listeners and no connections.

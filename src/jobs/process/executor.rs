@@ -21,9 +21,6 @@ use crate::protocol::rpc_error::RpcError;
 /// How long the master may take to say why an executor has ended, in milliseconds. After that, its attempts count as
 /// lost, because the master may have ended too.
 pub(super) const CAUSE_MS: u64 = 10_000;
-/// An executor whose event loop has not run for this long gets no attempts, in milliseconds. An idle loop runs once per
-/// second.
-const STALE_MS: u64 = 2_000;
 /// The largest number of ended processes whose cause is kept.
 const MOST_ENDED: usize = 1_000;
 /// How late the frames of a process may be read that has ended. No other process gets its pid within this time.
@@ -202,7 +199,7 @@ impl Executor {
         let Some(record) = self.record.filter(|_| !self.is_leaving) else {
             return 0;
         };
-        if now_ms.saturating_sub(record.heartbeat_ms.load(Relaxed)) >= STALE_MS {
+        if !record.is_fresh(now_ms) {
             return 0;
         }
         if self.lane > 0 {
@@ -218,12 +215,12 @@ impl Executor {
         }
         let idle = record.idle.load(Relaxed).saturating_sub(self.sent_since) as usize;
         match self.lane {
-            0 => idle.min(concurrency.saturating_sub(self.attempts.len())),
-            // The executor counts an attempt until it is answered, but shows its program as idle before.
-            _ => {
-                let ended = self.attempts.values().filter(|it| it.is_settling);
-                idle.saturating_sub(ended.count())
+            // An attempt leaves its place when its end is stored. A claim is stored after the ends that came before it.
+            0 => {
+                let running = self.attempts.values().filter(|it| !it.is_settling);
+                idle.min(concurrency.saturating_sub(running.count()))
             }
+            _ => idle,
         }
     }
 }

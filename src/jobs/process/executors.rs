@@ -303,10 +303,12 @@ impl Executors {
         let Some(executor) = self.all.get(&link) else {
             return Actions::new();
         };
-        if report.kind == AttemptEndKind::NeverBegun
-            && let Some(attempt) = executor.attempts.get(&report.id)
-        {
-            self.plan.refused(executor.pid, &attempt.method, now_ms);
+        match executor.attempts.get(&report.id) {
+            Some(attempt) if report.kind == AttemptEndKind::NeverBegun => {
+                self.plan.refused(executor.pid, &attempt.method, now_ms);
+            }
+            // Its place is free. The next claim is stored together with this end.
+            _ => self.plan.attempt_ended(executor.lane, now_ms),
         }
         let (id, took_us) = (report.id, report.took_us);
         self.settle(link, id, end_of_report(report), took_us)
@@ -324,7 +326,7 @@ impl Executors {
         let Some(attempt) = attempt.and_then(|it| it.attempts.get_mut(&id)) else {
             return Actions::new();
         };
-        // A report that is sent again is answered with the first one.
+        // The report was sent again. The answer to the first one is the answer to both.
         if std::mem::replace(&mut attempt.is_settling, true) {
             return Actions::new();
         }

@@ -612,3 +612,21 @@ fn a_pool_process_that_shows_the_lanes_of_another_generation_gets_no_job() {
     executors.plan().has_room(1, NOW);
     assert_eq!(claim(&mut executors, NOW, true).len(), 1);
 }
+
+#[test]
+fn the_next_claim_is_stored_together_with_the_end_of_an_attempt() {
+    let mut executors = with_attempt();
+    executors.config.concurrency = 1;
+    executors.plan().add_due("mail", NOW, 9);
+    assert_eq!(claim(&mut executors, NOW, true), []);
+    let record = executors.all[&WORKER].record.unwrap();
+    record.capacity_epoch.fetch_add(1, Relaxed);
+    let end = report(1, AttemptEndKind::Result);
+    let actions = executors.receive(WORKER, record, end, NOW).unwrap();
+    assert_eq!(settlement(&actions).unwrap().0, id(1));
+    let claims = claim(&mut executors, NOW, true);
+    assert!(
+        matches!(&claims[..], [ExecutorAction::Store(StoreRequest::Claim(claim), _)] if claim.most == 1),
+        "{claims:?}"
+    );
+}

@@ -41,6 +41,7 @@ mod replies;
 mod status;
 mod store_event;
 mod store_handle;
+mod store_mark;
 mod ticket;
 mod waits;
 mod writer;
@@ -56,6 +57,7 @@ use executor::ExecutorLimits;
 use executors::Executors;
 use links::JobLinks;
 use store_handle::StoreHandle;
+use store_mark::StoreMark;
 use waits::Waits;
 
 use crate::jobs::figures::JobFigures;
@@ -96,8 +98,15 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     };
     let (own, records) = (info.id, boot.records);
     let is_shared = Box::new(move || has_other_process(records));
-    let store = StoreHandle::start(&config, info, (instance, is_awaited), is_shared, &waker)
-        .map_err(|error| ("start the threads of the store", error))?;
+    let mark = StoreMark::new(records, &instance);
+    let store = StoreHandle::start(
+        &config,
+        info,
+        (instance, is_awaited),
+        (mark, is_shared),
+        &waker,
+    )
+    .map_err(|error| ("start the threads of the store", error))?;
     let methods = boot.registry.methods().iter();
     let counters = JobFigures::new(&boot.metrics, methods.map(|method| method.name.as_str()));
     let plan = attempts::plan(&boot.registry);
@@ -109,6 +118,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         executors: Executors::new(own, config.clone(), plan, limits),
         config,
         limits: boot.settings.limits.clone(),
+        commands: Commands::new(&waker, &boot.registry),
         registry: boot.registry,
         instance: own,
         links: JobLinks::new(boot.settings.limits.frame),
@@ -117,7 +127,6 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         awaited_until: BTreeSet::new(),
         waits: Waits::default(),
         looks: 0,
-        commands: Commands::new(&waker),
         counters,
         is_counting: false,
         count_times: (0, 0),
@@ -134,7 +143,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
             area.set(&format!("{program}: jobs draining"));
         }
     });
-    let mut reactor = Reactor::new().map_err(|error| ("make its event layer", error))?;
+    let mut reactor = Reactor::new().map_err(|error| ("create the epoll instance", error))?;
     let watched = [
         reactor.watch(SIGNALS, &signals, Interest::Read),
         reactor.watch(LINK, &boot.link, Interest::Read),

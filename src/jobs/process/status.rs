@@ -7,11 +7,11 @@ use super::store_event::{ReadReply, ReadRequest};
 use super::ticket::Ticket;
 use crate::jobs::policy::UnixMs;
 use crate::jobs::store::error::StoreError;
-use crate::jobs::store::request::{QueueCounts, StoreCounts, StoreFacts};
+use crate::jobs::store::request::{QueueCounts, StoreCounts};
 use crate::protocol::control::{JobsStatus, QueueStatus};
 use crate::sys::process::{Pid, unix_time_ms};
 
-/// The part of the time of the reading thread that counts may take, as its reciprocal.
+/// Reading the counts may take one part in this number of the time of the reading thread.
 const COUNT_SHARE: u64 = 20;
 
 /// The largest number of queues without a method that the log names.
@@ -60,25 +60,30 @@ fn log_unserved(core: &mut JobsCore) {
 
 /// Publishes the last counts and the state of the store.
 pub fn publish(core: &JobsCore) {
-    let (Some(counters), Some(opened)) = (&core.counters, &core.store.opened) else {
+    let Some(counters) = &core.counters else {
         return;
     };
+    let opened = core.store.opened.as_ref();
+    let configured = || core.config.path().display().to_string();
     let instance = core.instance.to_string();
     let view = StoreView {
-        facts: &opened.facts,
+        location: opened.map_or_else(configured, |opened| opened.facts.location.clone()),
+        is_durable: opened.is_some_and(|opened| opened.facts.is_durable),
         state: core.store.state.name(),
         pid: Pid::current().0,
         instance: &instance,
         now: unix_time_ms(),
     };
     let is_served = |method: &str| core.registry.find(method, false).is_some();
-    counters.publish(jobs_status(&view, &core.counts, is_served));
+    counters.publish(jobs_status(view, &core.counts, is_served));
 }
 
 /// What the jobs process knows besides the counts.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct StoreView<'a> {
-    facts: &'a StoreFacts,
+    location: String,
+    /// False before the store was open.
+    is_durable: bool,
     /// up, away, full or broken.
     state: &'static str,
     pid: i32,
@@ -88,7 +93,7 @@ struct StoreView<'a> {
 
 /// Describes the store. `is_served` says whether this generation has a method.
 fn jobs_status(
-    view: &StoreView<'_>,
+    view: StoreView<'_>,
     counts: &StoreCounts,
     is_served: impl Fn(&str) -> bool,
 ) -> JobsStatus {
@@ -106,10 +111,10 @@ fn jobs_status(
     };
     let oldest = counts.queues.iter().filter_map(|queue| queue.oldest_due_ms);
     JobsStatus {
-        store: view.facts.location.clone(),
-        engine: view.facts.engine.to_owned(),
+        store: view.location,
+        engine: "sqlite".to_owned(),
         state: view.state.to_owned(),
-        durable: view.facts.is_durable,
+        durable: view.is_durable,
         pid: Some(view.pid),
         instance: Some(view.instance.to_owned()),
         waiting: sum(|queue| queue.waiting),
@@ -126,27 +131,16 @@ fn jobs_status(
 mod tests {
     use super::*;
 
-    fn facts() -> StoreFacts {
-        StoreFacts {
-            engine: "sqlite",
-            location: "/jobs.db".into(),
-            schema: (1, 0),
-            is_durable: true,
-            waiting: 0,
-            running: 0,
-        }
-    }
-
     fn status(queues: Vec<QueueCounts>) -> JobsStatus {
-        let facts = facts();
         let view = StoreView {
-            facts: &facts,
+            location: "/jobs.db".into(),
+            is_durable: true,
             state: "up",
             pid: 7,
             instance: "ID",
             now: 10_000,
         };
-        jobs_status(&view, &StoreCounts { queues }, |method| method == "a")
+        jobs_status(view, &StoreCounts { queues }, |method| method == "a")
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::reader::{self, ReaderOrder};
 use super::store_event::{
     OpenedStore, ReadRequest, RequestHold, StoreEvent, SubmittedRequest, WriterOrder,
 };
+use super::store_mark::StoreMark;
 use super::ticket::Ticket;
 use super::writer::{self, WriterInit};
 use crate::config::JobsConfig;
@@ -33,8 +34,8 @@ pub struct StoreHandle {
 }
 
 impl StoreHandle {
-    /// Starts both threads. `is_shared` returns whether another process of the instance uses the store, and
-    /// `is_awaited` says whether a start or reload waits for it.
+    /// Starts both threads. `mark` is that of this process, `is_shared` returns whether there is another jobs process of
+    /// the instance, and `is_awaited` says whether a start or reload waits for it.
     ///
     /// # Errors
     /// If a thread cannot be started.
@@ -42,7 +43,7 @@ impl StoreHandle {
         config: &JobsConfig,
         info: InstanceInfo,
         (instance, is_awaited): (Arc<JobsInstance>, bool),
-        is_shared: Box<dyn Fn() -> bool + Send>,
+        (mark, is_shared): (StoreMark, Box<dyn Fn() -> bool + Send>),
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
         let (writer, orders) = unbounded();
@@ -54,6 +55,7 @@ impl StoreHandle {
             info,
             instance,
             is_awaited,
+            mark,
             is_shared,
             orders,
             events: sender,

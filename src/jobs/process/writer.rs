@@ -17,6 +17,7 @@ use super::leftovers::Leftovers;
 use super::pending::PendingRequests;
 use super::reader::ReaderOrder;
 use super::store_event::{OpenedStore, StoreEvent, SubmittedRequest, WriterOrder};
+use super::store_mark::StoreMark;
 use crate::config::JobsConfig;
 use crate::jobs::kill_point::{self, KillPoint};
 use crate::jobs::open;
@@ -47,7 +48,8 @@ pub struct WriterInit {
     pub instance: Arc<JobsInstance>,
     /// Whether a start or reload waits for the store. Then an unusable one ends the process.
     pub is_awaited: bool,
-    /// Returns whether another process of the instance uses the store.
+    pub mark: StoreMark,
+    /// Returns whether there is another jobs process of the instance.
     pub is_shared: Box<dyn Fn() -> bool + Send>,
     pub orders: Receiver<WriterOrder>,
     pub events: Sender<StoreEvent>,
@@ -116,6 +118,9 @@ impl Writer {
                 Stage::Joining(engine) => self.join(engine),
                 Stage::Open(engine) => self.serve(engine),
                 Stage::Ended => self.stage = Stage::Ended,
+            }
+            if matches!(self.stage, Stage::Closed | Stage::Ended) {
+                self.init.mark.closed();
             }
         }
     }
@@ -205,29 +210,27 @@ impl Writer {
         if !self.health.may_try(monotonic_ms()) {
             return;
         }
-        match self.init.instance.lock.try_lock() {
-            Ok(true) => {}
-            Ok(false) => {
-                let text = "processes of a server that was killed still use it";
-                self.failed(StoreError::new(StoreFault::Away, text));
-                return self.health.try_at(monotonic_ms() + LOOK_MS);
+        let away = |text: String| StoreError::new(StoreFault::Away, text);
+        let secret = match (self.init.instance.lock.try_lock(), random_bytes()) {
+            (Ok(true), Ok(secret)) => secret,
+            (Ok(false), _) => {
+                return self.wait("processes of a server that was killed still use it");
             }
-            Err(error) => {
-                let text = format!("its lock cannot be taken: {error}");
-                return self.failed(StoreError::new(StoreFault::Away, text));
+            (Err(error), _) => {
+                return self.failed(away(format!("its lock cannot be taken: {error}")));
             }
-        }
-        let secret = match random_bytes() {
-            Ok(secret) => secret,
-            Err(error) => {
-                let text = format!("no random bytes: {error}");
-                return self.failed(StoreError::new(StoreFault::Away, text));
-            }
+            (_, Err(error)) => return self.failed(away(format!("no random bytes: {error}"))),
         };
         let limits = rules::store_limits(&self.init.config);
-        let is_shared = (self.init.is_shared)();
-        match open::store(&self.init.config.store, limits, is_shared, secret) {
-            Ok(engine) => self.stage = Stage::Joining(engine),
+        let Some(opening) = self.init.mark.begin(self.init.instance.was_opened.is_set()) else {
+            return self.wait("another jobs process of this server is opening it");
+        };
+        match open::store(&self.init.config.store, limits, opening, secret) {
+            Ok(engine) => {
+                self.init.mark.opened();
+                self.init.instance.was_opened.set();
+                self.stage = Stage::Joining(engine);
+            }
             Err(error) if self.init.is_awaited && !error.is_away => {
                 self.stage = Stage::Ended;
                 self.send(StoreEvent::Refused(error.to_string()));
@@ -237,9 +240,16 @@ impl Writer {
                     true => StoreFault::Corrupt,
                     false => StoreFault::Away,
                 };
-                self.failed(StoreError::new(fault, error.problem));
+                let text = format!("{}; {}", error.problem, error.remedy);
+                self.failed(StoreError::new(fault, text));
             }
         }
+    }
+
+    /// Tries again soon, because other processes have the store.
+    fn wait(&mut self, why: &str) {
+        self.failed(StoreError::new(StoreFault::Away, why));
+        self.health.try_at(monotonic_ms() + LOOK_MS);
     }
 
     /// Waits for the processes that may run attempts of an earlier instance, and then registers this instance.
@@ -377,7 +387,7 @@ impl Writer {
             log::error!(
                 "job store: a sync failed, so the jobs process exits and the next one opens the store afresh; \
                  nothing is acknowledged until then store={} error={error}",
-                self.location()
+                self.init.config.path().display()
             );
             self.stage = Stage::Ended;
             return self.send(StoreEvent::SyncFailed(error.detail));
@@ -398,7 +408,7 @@ impl Writer {
     }
 
     fn log_fault(&self, error: &StoreError, wait_ms: Option<u64>) {
-        let store = self.location();
+        let store = self.init.config.path().display();
         match self.health.state() {
             StoreState::Broken => log::error!(
                 "job store broken: nothing more is written; stop the server, then run preforkd job check \
@@ -411,10 +421,6 @@ impl Writer {
                 HumanDuration(wait_ms.unwrap_or_default())
             ),
         }
-    }
-
-    fn location(&self) -> String {
-        self.init.config.path().display().to_string()
     }
 
     /// Records that the store works.

@@ -64,7 +64,7 @@ impl Fixture {
             &directory.path().join("jobs.db"),
             LIMITS,
             Box::new(move || own.load(Relaxed)),
-            [7; 32],
+            (super::Opening::First, [7; 32]),
         );
         let engine = engine.unwrap();
         Fixture {

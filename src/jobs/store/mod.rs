@@ -106,6 +106,17 @@ pub trait Engine: Send {
     fn close(self: Box<Self>) -> Result<(), StoreError>;
 }
 
+/// What the instance knows about a store that it opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opening {
+    /// Nothing. The store is created if it does not exist.
+    First,
+    /// The instance has used it. So it must exist.
+    Again,
+    /// Another process of the instance is using it. So it must exist, and its log has been checked.
+    Beside,
+}
+
 /// The reading side of a store. Each method sees one state of the store: all groups that were committed before.
 pub trait StoreReader: Send {
     /// Returns the record of a job; `None` if it is unknown or was removed.

@@ -168,7 +168,7 @@ fn run_counts(file: &OwnedFd, record: usize, place: usize) -> Vec<u64> {
     words.flatten().map(u64::from_ne_bytes).collect()
 }
 
-/// Gets a function that makes the name of a counter, so that it is made only if it is needed, and the counter.
+/// Visits a counter. The first argument makes its name; call it only if the name is needed.
 type Visit<'a> = &'a mut dyn FnMut(&dyn Fn() -> String, &AtomicU64, Joining);
 
 fn each_of_header(header: &BoardHeader, visit: Visit<'_>) {
@@ -193,7 +193,7 @@ fn each_of_header(header: &BoardHeader, visit: Visit<'_>) {
     visit(&|| "slots".into(), &header.slots, Highest);
 }
 
-/// Visits the counters of a block: `all`, or only those of methods with calls and without run times.
+/// Visits the counters of a block. Unless `all`, leaves out methods without calls, and run times.
 fn each_of_block(block: &Block, names: &BoardTotals, all: bool, visit: Visit<'_>) {
     use Joining::{Highest, Sum};
     visit(&|| "accepted".into(), &block.accepted, Sum);

@@ -1,8 +1,8 @@
 //! Holds the metrics board: shared memory with the counters of all processes.
 //!
-//! Each worker, pool process and acceptor has a block with the index of its scoreboard record, and only this
-//! process writes to it: plain loads and stores. After the death of a worker its keeper continues in its block.
-//! Sessions add atomically to the block of their acceptor. Blocks are never cleared, so a total is the sum
+//! Each worker, pool process and acceptor has a block with the index of its scoreboard record, and writes to it with
+//! plain loads and stores. After the death of a worker its keeper, and then the master, continue in its block. Sessions
+//! add atomically to the block of their acceptor. Blocks are never cleared, so a total is the sum
 //! over all blocks, and it never falls. Names of methods and pools have places in tables that only grow.
 //! The file stays in use after an upgrade. A master that does not know its version makes a new one, with the totals of
 //! the old one as its base.

@@ -120,7 +120,7 @@ impl AdoptedSessions {
                 let kill_at = until_ms + OVERDUE;
                 let kill_at = session.kill_at.map_or(kill_at, |at| at.min(kill_at));
                 session.kill_at = Some(kill_at);
-                // The listener is isolated in the generation that serves, so an acceptor takes its connection.
+                // An acceptor takes its connection if the listener is still isolated in the serving generation.
                 let first = session.place / SESSIONS * SESSIONS;
                 let has_taker = self.limits.contains_key(&first)
                     && self.serving.is_some_and(|it| it != record.generation());

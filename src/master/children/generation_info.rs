@@ -117,8 +117,8 @@ impl OldContexts {
         later.next().map(|(_, context)| context)
     }
 
-    /// Adds the context that served until the generation `after` replaced it. Drops each context for whose following
-    /// generation `is_used` returns false.
+    /// Adds the context that served until the generation `after` replaced it. Calls `is_used` with the
+    /// generation that replaced each context, and drops the context if that returns false.
     pub fn add(
         &mut self,
         after: Generation,

@@ -1,4 +1,5 @@
-//! Reads the environment of processes in a short-lived child, to find out which worker started them.
+//! Reads the marks of processes in a short-lived child, to find out which worker started them. The mark is the variable
+//! PREFORKD_CALL in the environment, which begins with the pid of that worker.
 //!
 //! The owner of a process chooses the length of its environment, and can make a read wait forever (`sys::bounded`).
 //! So the master does not read it itself. It forks a reader, which writes each answer to a pipe. The main loop polls

@@ -175,7 +175,7 @@ fn is_same_process(old: &Settings, new: &Settings) -> bool {
         && limits(old) == limits(new)
 }
 
-/// Returns how long attempts may drain, with methods that differ. `None` without jobs: then a process has neither the
+/// Returns how long attempts may drain: by default, and for each configured method. `None` without jobs: then a process has neither the
 /// lock of the instance nor a lane for jobs.
 fn attempt_drains(jobs: Option<&JobsConfig>) -> Option<(Duration, Vec<(&str, Duration)>)> {
     let jobs = jobs?;

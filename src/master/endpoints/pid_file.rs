@@ -191,7 +191,7 @@ fn open(path: &Path) -> Result<File> {
     // An old pid or garbage does not matter, but a whole document would be lost.
     if file.metadata().is_ok_and(|found| found.len() > LONGEST) {
         return Err(refused(
-            "take for a pid file:",
+            "use as the pid file",
             path,
             io::Error::other("it has other content, which would be lost"),
         ));

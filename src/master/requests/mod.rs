@@ -220,7 +220,7 @@ pub fn request(master: &mut Master<'_>, client: ClientId, request: ControlReques
             now: at_once,
             after_ms,
         } => {
-            // Answered first, because the client then waits for the end of the connection.
+            // Answered before the stop. The client then waits until the master closes the connection.
             master
                 .endpoints
                 .control

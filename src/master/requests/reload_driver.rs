@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::upgrade_driver::finish_upgrade;
-use crate::config::{self, JobStore};
+use crate::config::{self, JobStore, Settings};
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::link::metrics_board;
@@ -101,8 +101,7 @@ fn prepare(master: &mut Master<'_>) -> Result<GenerationContext> {
     let serving = &master.contexts.serving;
     let current = (&*serving.listeners, &*serving.observe);
     let (listeners, observe) = observed::open_all(&settings, current, &master.endpoints.passed)?;
-    let logged = &master.contexts.serving.settings.warnings;
-    for warning in settings.warnings.iter().filter(|it| !logged.contains(it)) {
+    for warning in new_warnings(&settings, &serving.settings) {
         log::warn!("{warning}");
     }
     let registry = master.setup.host.registry(&settings);
@@ -114,6 +113,15 @@ fn prepare(master: &mut Master<'_>) -> Result<GenerationContext> {
         observe,
         access_file,
     })
+}
+
+/// Returns the warnings about `settings` that those before did not cause.
+fn new_warnings<'a>(
+    settings: &'a Settings,
+    before: &'a Settings,
+) -> impl Iterator<Item = &'a String> {
+    let warnings = settings.warnings.iter();
+    warnings.filter(|warning| !before.warnings.contains(warning))
 }
 
 fn has_store(instance: Option<&Arc<JobsInstance>>, store: &JobStore) -> bool {
@@ -162,6 +170,12 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
             let restart = serving.settings.restart_warning();
             for detail in gone.into_iter().chain([restart]).flatten() {
                 details += &format!("; {detail}");
+            }
+            let restart = serving.settings.restart_warning();
+            let new = new_warnings(&serving.settings, &before.settings);
+            // The details have the one about keys that need a restart.
+            for warning in new.filter(|it| Some(*it) != restart.as_ref()) {
+                details += &format!("; warning: {warning}");
             }
             let sources = master.sources();
             ControlResponse::said(format!(

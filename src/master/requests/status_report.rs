@@ -76,19 +76,23 @@ pub fn status(master: &Master<'_>, now: Millis) -> Status {
                 at: call.at,
             })
             .collect(),
-        jobs: jobs(workers, &context.settings),
+        jobs: jobs(workers, &context.settings, now),
     }
 }
 
 /// Returns what the jobs process has written last. `None` without `[jobs]`.
-fn jobs(workers: &Children, settings: &Settings) -> Option<JobsStatus> {
+fn jobs(workers: &Children, settings: &Settings, now: Millis) -> Option<JobsStatus> {
     let config = settings.jobs.as_ref()?;
     let processes = workers.iter().filter(|(_, handle)| handle.slot.is_jobs());
     let ready = processes.filter(|(_, handle)| handle.is_ready);
     let latest = ready.max_by_key(|(_, handle)| handle.generation);
     let written = latest.and_then(|(pid, handle)| {
         let text = workers.metrics.job_status(handle.record_index)?;
-        let status: JobsStatus = serde_json::from_str(&text).ok()?;
+        let mut status: JobsStatus = serde_json::from_str(&text).ok()?;
+        if status.state == "up" && !handle.record.is_fresh(now) {
+            // Nothing reaches the store while its process does not run.
+            status.state = "away".into();
+        }
         // A process before it may have had the same record.
         (status.pid == Some(pid.0)).then_some(status)
     });

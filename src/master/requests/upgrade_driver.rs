@@ -306,6 +306,7 @@ pub fn export(master: &Master<'_>) -> UpgradeState {
         jobs: master.contexts.jobs.as_ref().map(|jobs| InstanceState {
             id: jobs.id,
             lock: jobs.lock.raw_descriptor(),
+            was_opened: jobs.was_opened.is_set(),
         }),
         executor_ends: master.executor_ends.export(now()),
         last_reload: master.reload_history.last().cloned(),

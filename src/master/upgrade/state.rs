@@ -92,6 +92,9 @@ pub struct InstanceState {
     pub id: [u8; 16],
     /// The descriptor of its lock.
     pub lock: RawFd,
+    /// Whether one of its processes has had the store open.
+    #[serde(default)]
+    pub was_opened: bool,
 }
 
 /// The members that are read first. They show whether the rest can be read.

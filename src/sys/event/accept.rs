@@ -16,7 +16,7 @@ use crate::sys::{closer, memory_file, socket};
 /// arrive slowly. A smaller number is fairer, but each round costs two calls of epoll_ctl(2).
 pub(super) const FAIR_SHARE: u32 = 8;
 
-/// Event data from here up to the watches are sources of connections.
+/// Event data from here up to those of watches name sources of connections.
 pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
 /// How a source delivers connections.
@@ -148,15 +148,6 @@ impl AcceptSources {
     pub fn leave(&mut self, keep_queue: bool) {
         self.sources
             .retain(|source| keep_queue && source.kind == SourceKind::Queue);
-    }
-
-    pub fn is_watched(&self, index: usize) -> bool {
-        self.sources.get(index).is_some_and(|source| source.watched)
-    }
-
-    /// Returns whether any source is watched.
-    pub fn is_any_watched(&self) -> bool {
-        self.sources.iter().any(|source| source.watched)
     }
 
     fn watch(&mut self, index: usize, epoll: &Epoll) -> io::Result<()> {

@@ -71,7 +71,7 @@ pub enum Completion<'a> {
     Sent { token: Token },
     /// The connection is broken: nothing can be sent or received. The driver has to close it.
     Failed { token: Token, error: io::Error },
-    /// A watched descriptor is readable.
+    /// A watched descriptor is ready for what it is watched for.
     Readable {
         /// The number under which it is watched.
         watch: u16,

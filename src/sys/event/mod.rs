@@ -1,6 +1,6 @@
 //! Event layer: reports what happens at sockets as completions, over epoll.
 //!
-//! The layers above never see readiness. They learn that a connection was accepted, and that bytes were
+//! Connections have no readiness for the layers above. These learn that a connection was accepted, and that bytes were
 //! received or sent. Received bytes are lent during the call, so an idle connection owns no buffer.
 //!
 //! Three rules keep the loop from spinning:

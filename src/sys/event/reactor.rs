@@ -11,7 +11,7 @@ use slab::Slab;
 
 use super::accept::{AcceptSources, FAIR_SHARE, LISTENER_BASE, Taken};
 use super::completion::{Completion, Interest, Token};
-use super::io_progress::{IoProgress, RECEIVE_BUFFER, UnsentData, receive_buffer};
+use super::io_progress::{IoProgress, PendingAccept, RECEIVE_BUFFER, UnsentData, receive_buffer};
 use super::send_buffer::SendBuffer;
 use super::socket::Socket;
 use crate::sys::rights::{self, GuardedSocket};
@@ -19,6 +19,9 @@ use crate::sys::{clone_files, closer, socket as sockets};
 
 /// The largest number of events taken from the kernel at once.
 const BATCH: usize = 256;
+/// The largest number of rounds in which accept queues are drained. A round accepts up to `FAIR_SHARE` connections of each
+/// listener.
+const MOST_ROUNDS: usize = 8192;
 
 /// Event data from here up belong to watches, not to connections.
 const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
@@ -56,6 +59,8 @@ pub struct Reactor {
     events: Vec<EpollEvent>,
     /// How often a listener was readable but another worker had taken the connection.
     pub spurious_wakes: u64,
+    /// Whether `drain_accept_queues` runs.
+    drains_queues: bool,
 }
 
 impl Reactor {
@@ -79,6 +84,7 @@ impl Reactor {
             progress: None,
             events: vec![EpollEvent::empty(); BATCH],
             spurious_wakes: 0,
+            drains_queues: false,
         })
     }
 
@@ -216,8 +222,8 @@ impl Reactor {
     }
 
     /// Sends `bytes` after those that still wait. Bytes that the kernel does not take at once are kept,
-    /// and `Sent` is reported when they are sent. `bytes` is empty afterwards; it keeps its capacity if
-    /// that was not needed.
+    /// and `Sent` is reported when they are sent. `bytes` is empty afterwards. Its memory stays with it, unless
+    /// the bytes are kept.
     pub fn send(&mut self, token: Token, bytes: &mut Vec<u8>) {
         let progress = self.progress;
         let Some(socket) = self.socket(token) else {
@@ -268,7 +274,7 @@ impl Reactor {
         }
     }
 
-    /// Returns the memory in bytes that they use.
+    /// Returns the memory in bytes that the unsent bytes of a connection use.
     pub fn unsent_memory(&self, token: Token) -> usize {
         let socket = self.sockets.get(token.index());
         socket.map_or(0, |socket| socket.unsent.memory())
@@ -334,19 +340,25 @@ impl Reactor {
         self.sources.pause(&self.epoll);
     }
 
-    /// Leaves accepting to siblings until `resume_listeners`. Continues to adopt their connections.
+    /// Leaves accepting to siblings until `resume_listeners`. Continues to adopt their connections. Has no effect while
+    /// the accept queues are drained.
     pub fn pause_only_listeners(&mut self) {
-        self.sources.pause_only_listeners(&self.epoll);
+        if !self.drains_queues {
+            self.sources.pause_only_listeners(&self.epoll);
+        }
+    }
+
+    /// Records that the driver keeps no connection of the last accept. So if this process dies now, its keeper looks for
+    /// none.
+    pub fn note_refused(&self) {
+        if let Some(progress) = &self.progress {
+            progress.comes(PendingAccept::None);
+        }
     }
 
     /// Starts or stops adopting connections of siblings. Listeners stay as they are.
     pub fn set_adopting(&mut self, adopts: bool) {
         self.sources.set_adopting(adopts, &self.epoll);
-    }
-
-    /// Returns whether any listener is watched.
-    pub fn is_listening(&self) -> bool {
-        self.sources.is_any_watched()
     }
 
     /// Accepts all connections that wait at the listening sockets, then closes those sockets. If the last
@@ -356,11 +368,10 @@ impl Reactor {
         if !keep_queue {
             self.sources.pause_queue(&self.epoll);
         }
-        let mut before = usize::MAX;
-        while self.is_listening() && self.connections() != before {
-            before = self.connections();
-            self.try_accept(driver);
-        }
+        self.drains_queues = true;
+        // Bounded, because clients may connect without end.
+        let _ = (0..MOST_ROUNDS).find(|_| self.try_accept(driver) == 0);
+        self.drains_queues = false;
         self.pause_listeners();
         self.sources.leave(keep_queue);
         // If memory is short, the kernel closes the queued connections when the last owner closes the
@@ -369,54 +380,46 @@ impl Reactor {
     }
 
     /// Accepts a bounded number of waiting connections from every watched listener, because a stopped
-    /// sibling may have consumed the wake-up.
-    pub fn try_accept(&mut self, driver: &mut impl Driver) {
+    /// sibling may have consumed the wake-up. Returns how many were taken from the queues.
+    pub fn try_accept(&mut self, driver: &mut impl Driver) -> u32 {
         let _ = self.sources.restore_nonblocking();
-        for index in 0..self.sources.len() {
-            if self.sources.is_watched(index) {
-                self.accept(index, driver);
-            }
-        }
+        let all = 0..self.sources.len();
+        all.map(|index| self.accept(index, driver)).sum()
     }
 
-    fn accept(&mut self, index: usize, driver: &mut impl Driver) {
+    fn accept(&mut self, index: usize, driver: &mut impl Driver) -> u32 {
         for round in 0..FAIR_SHARE {
             // Taken out, because the driver gets the reactor while it reads the packet.
             let packet = mem::take(&mut self.packet);
-            let taken = self
-                .sources
-                .take(index, packet, self.progress.as_ref(), &self.epoll);
+            let progress = self.progress.as_ref();
+            let mut taken = self.sources.take(index, packet, progress, &self.epoll);
+            if let Taken::Adopted(socket, length, rest) = taken {
+                let packet = &packet[..length];
+                let adopted = Completion::Adopted {
+                    socket,
+                    packet,
+                    rest,
+                };
+                driver.complete(self, adopted);
+                taken = Taken::Gone;
+            }
+            self.packet = packet;
             match taken {
-                Taken::Fresh(socket) => {
-                    self.packet = packet;
-                    driver.complete(self, Completion::Accepted { socket });
-                }
-                Taken::Adopted(socket, length, rest) => {
-                    let completion = Completion::Adopted {
-                        socket,
-                        packet: &packet[..length],
-                        rest,
-                    };
-                    driver.complete(self, completion);
-                    self.packet = packet;
-                }
-                Taken::Gone => self.packet = packet,
-                Taken::Paused => {
-                    self.packet = packet;
-                    return;
-                }
+                Taken::Fresh(socket) => driver.complete(self, Completion::Accepted { socket }),
+                Taken::Adopted(..) | Taken::Gone => {}
+                Taken::Paused => return round,
                 Taken::Nothing => {
-                    self.packet = packet;
                     self.spurious_wakes += u64::from(round == 0);
-                    return;
+                    return round;
                 }
                 Taken::Failed(error) => {
-                    self.packet = packet;
                     let error = error.into();
-                    return driver.complete(self, Completion::AcceptFailed { error });
+                    driver.complete(self, Completion::AcceptFailed { error });
+                    return round;
                 }
             }
         }
+        FAIR_SHARE
     }
 
     /// Waits at most `timeout_ms` and reports events to `driver`. Returns whether more events may wait

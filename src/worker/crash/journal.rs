@@ -123,14 +123,14 @@ impl CallJournal {
         }
     }
 
-    /// Records that the received bytes are taken from now on, from the first byte.
+    /// Begins the parsing of received bytes.
     pub fn opens(&mut self) {
         self.start = self
             .book
             .map(|book| book.progress.moment.start.load(Relaxed));
     }
 
-    /// Records where the next call ends in them.
+    /// Records where the next call ends in the received bytes.
     #[inline]
     pub fn reaches(&mut self, at: usize) {
         self.end = self.start.map_or(0, |start| start + at as u64);

@@ -196,7 +196,7 @@ fn recover_connections(
             sending(moment, index, &socket),
         );
         match crate::worker::crash::recovery::decide(&held, receiving, sending, http) {
-            // It was shut down, or it may have been handed over, which is counted.
+            // The worker may have handed it over. Then the worker that took it counts its end.
             Recovery::Close if held.note & journal::note::GIVEN != 0 => {}
             Recovery::Close => writer.add(&writer.block.closed[CloseReason::Crash as usize], 1),
             Recovery::Reset => reset(boot, &socket),

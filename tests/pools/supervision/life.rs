@@ -255,7 +255,7 @@ fn programs_are_recycled_and_the_fresh_one_is_ready_first() {
         let key = keys.split(' ').next().unwrap();
         setting
             .daemon
-            .wait_log(&format!("is replaced, as {key} says"));
+            .wait_log(&format!("is replaced, because it has reached {key}"));
         wait_for("the end of the first", PATIENCE, || {
             process::state(first).is_none()
         });

@@ -152,19 +152,19 @@ impl ProgramSupervisor {
             (call.method, identity.id(), job)
         });
         let method = last.map(|(method, ..)| method);
+        let told = match &*what {
+            "" => "was killed: its caller had left, or its timeout was over",
+            what => what,
+        };
         if *why != Why::Leaving {
-            let reason = match &*what {
-                "" => "was killed: its caller had left, or its timeout was over",
-                what => what,
-            };
-            self.record_death((pid, serving.since), ended, last, reason);
+            self.record_death((pid, serving.since), ended, last, told);
         }
         for entry in parallel {
             let error = match why {
-                Why::Leaving => RpcError::of(Code::Stopping, "this worker exits", true),
+                Why::Leaving => RpcError::of(Code::Stopping, "its process exits", true),
                 // One of several calls has caused it, but it is not known which.
                 Why::Died | Why::Broken(_) | Why::GivenUp => {
-                    let text = format!("the program of the pool {name} that ran it {what}");
+                    let text = format!("the program of the pool {name} that ran it {told}");
                     RpcError::of(Code::Crashed, text, true)
                 }
             };
@@ -175,7 +175,7 @@ impl ProgramSupervisor {
         if let Some(entry) = running {
             let error = match why {
                 Why::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
-                Why::Leaving => RpcError::of(Code::Stopping, "this worker exits", true),
+                Why::Leaving => RpcError::of(Code::Stopping, "its process exits", true),
                 Why::Broken(problem) => {
                     let text = format!("the program of the pool {name} sent no answer: {problem}");
                     RpcError::of(Code::BadOutput, text, true)

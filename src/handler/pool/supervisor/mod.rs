@@ -168,7 +168,7 @@ impl ProgramSupervisor {
         }
     }
 
-    /// Supervises the program until the dispatcher is closed.
+    /// Supervises the program until the pool ends it for good.
     pub fn keep(mut self) {
         loop {
             let now = now();
@@ -301,7 +301,7 @@ impl ProgramSupervisor {
             let pid = serving.process.pid();
             if now >= self.due && self.takes_room() {
                 let name = &self.post.pool.name;
-                log::info!("pool {name} [{pid}]: is replaced, as {key} says");
+                log::info!("pool {name} [{pid}]: is replaced, because it has reached {key}");
                 self.start(now);
             }
         } else if serving.usage.is_idle_for_too_long(&self.rules, now) {

@@ -33,9 +33,8 @@ impl ProgramSupervisor {
         if self.throttle.refused_forks() == 0 && self.absence != Absence::Down {
             self.absence = Absence::Down;
             let (name, last) = (&self.post.pool.name, &self.last_end);
-            let text = format!(
-                "every program of the pool {name} has died too often, the last one as it {last}"
-            );
+            let text =
+                format!("every program of the pool {name} has died too often; the last one {last}");
             self.report(SupervisorEvent::Down(text, self.due));
         }
     }

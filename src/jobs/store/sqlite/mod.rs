@@ -3,7 +3,7 @@
 //! One connection writes, with one transaction for each group. The log is synced by each commit
 //! (`synchronous=FULL`). Checkpoints are this file's own work and happen after the answers of a group were
 //! sent. The caller holds the instance lock, so no other instance writes. During a reload a second process of the
-//! instance may write ([`open_beside`]). So each transaction looks whether another connection has changed the file,
+//! instance may write ([`Opening::Beside`]). So each transaction looks whether another connection has changed the file,
 //! and then reads again what is kept in memory.
 //!
 //! [`open`] refuses what is no usable store. Later faults are reported and never retried here.
@@ -30,7 +30,7 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
 use super::error::{OpenError, StoreError, StoreFault};
 use super::request::{Maintained, StoreFacts, StoreLimits, StoreReply, StoreRequest};
-use super::{Engine, StoreReader};
+use super::{Engine, Opening, StoreReader};
 use crate::jobs::kill_point::{self, KillPoint};
 use crate::jobs::policy::UnixMs;
 use crate::jobs::policy::retention::{RetentionRules, RetentionScan};
@@ -76,8 +76,8 @@ pub struct SqliteEngine {
     written: usize,
 }
 
-/// Opens a store, and creates it if its file does not exist. The caller holds the instance lock. `secret` are
-/// random bytes for a new store. No other connection to the store may be open in this process: closing any descriptor
+/// Opens a store, and creates it at the [`Opening::First`] if its file does not exist. The caller holds the instance
+/// lock. `secret` are random bytes for a new store. No other connection to the store may be open in this process: closing any descriptor
 /// of a file releases all locks that the process has on it (fcntl(2)).
 ///
 /// # Errors
@@ -86,33 +86,21 @@ pub fn open(
     configured: &Path,
     limits: StoreLimits,
     clock: WallClock,
-    secret: [u8; 32],
-) -> Result<SqliteEngine, OpenError> {
-    open_as(configured, limits, clock, (secret, false))
-}
-
-/// Opens a store that another process of this instance is using. That process has checked the log. It syncs each
-/// commit, or exits.
-///
-/// # Errors
-/// As for [`open`].
-pub fn open_beside(
-    configured: &Path,
-    limits: StoreLimits,
-    clock: WallClock,
-    secret: [u8; 32],
-) -> Result<SqliteEngine, OpenError> {
-    open_as(configured, limits, clock, (secret, true))
-}
-
-fn open_as(
-    configured: &Path,
-    limits: StoreLimits,
-    clock: WallClock,
-    (secret, is_shared): ([u8; 32], bool),
+    (opening, secret): (Opening, [u8; 32]),
 ) -> Result<SqliteEngine, OpenError> {
     let place = file::locate(configured)?;
     let path = place.path;
+    if opening != Opening::First && !place.has_content {
+        // An empty store in its place would hide that jobs are missing.
+        return Err(OpenError::new(
+            &path,
+            "the file was moved, deleted or emptied while the server used it",
+            "stop the server and put the file back; a server that starts without it creates an empty store",
+        )
+        .damaged());
+    }
+    // A process that uses the store has checked the log. It syncs each commit, or exits.
+    let is_shared = opening == Opening::Beside;
     if !is_shared {
         file::check_log(&path)?;
     }

@@ -33,8 +33,13 @@ pub fn settle(batch: &mut SqlBatch<'_>, settlement: &Settlement) -> rusqlite::Re
             });
         }
     };
-    let chance = (batch.now, settlement.jitter);
-    let fate = end_attempt(batch, live, &settlement.end, (&settlement.rules, chance))?;
+    let now_and_jitter = (batch.now, settlement.jitter);
+    let fate = end_attempt(
+        batch,
+        live,
+        &settlement.end,
+        (&settlement.rules, now_and_jitter),
+    )?;
     Ok(SettleReply::Stored(fate))
 }
 
@@ -142,15 +147,20 @@ fn not_current(settlement: &Settlement, current: i64, cause: Option<AttemptCause
     }
 }
 
-/// Applies the policy to a running job and stores what follows. `chance` is the time and the jitter.
+/// Applies the policy to a running job and stores what follows.
 fn end_attempt(
     batch: &mut SqlBatch<'_>,
     mut live: LiveRow,
     end: &AttemptEnd,
-    (rules, chance): (&RetryRules, (u64, u16)),
+    (rules, now_and_jitter): (&RetryRules, (u64, u16)),
 ) -> rusqlite::Result<JobFate> {
-    let (counters, fate) =
-        states::after_attempt(live.counters, live.is_cancel_requested, end, rules, chance);
+    let (counters, fate) = states::after_attempt(
+        live.counters,
+        live.is_cancel_requested,
+        end,
+        rules,
+        now_and_jitter,
+    );
     live.counters = counters;
     let json = states::kept_json(end, rules);
     let json = json.as_deref();

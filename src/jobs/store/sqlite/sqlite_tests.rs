@@ -19,7 +19,11 @@ use crate::jobs::policy::states::{AttemptCause, EndReason, JobState};
 use crate::jobs::record::JobDetails;
 
 fn at(path: &Path) -> Result<SqliteEngine, OpenError> {
-    open(path, LIMITS, Box::new(|| START), [7; 32])
+    open_as(path, Opening::First)
+}
+
+fn open_as(path: &Path, opening: Opening) -> Result<SqliteEngine, OpenError> {
+    open(path, LIMITS, Box::new(|| START), (opening, [7; 32]))
 }
 
 /// Returns a directory and the path of a store in it.
@@ -156,7 +160,7 @@ fn a_store_is_the_same_after_it_was_opened_again() {
         log.is_err() || log.unwrap().len() == 0,
         "the log is in the database"
     );
-    let mut engine = open(&path, LIMITS, Box::new(|| START), [8; 32]).unwrap();
+    let mut engine = open(&path, LIMITS, Box::new(|| START), (Opening::Again, [8; 32])).unwrap();
     assert_eq!(engine.secret(), [7; 32], "ids of known keys stay the same");
     assert_eq!((engine.facts().waiting, engine.facts().running), (6, 0));
     let full = StoreReply::Enqueued(EnqueueReply::TooMany);
@@ -798,9 +802,9 @@ fn two_processes_of_an_instance_count_the_same_jobs() {
         ..LIMITS
     };
     let clock = || -> WallClock { Box::new(|| START) };
-    let mut one = open(&path, limits, clock(), [7; 32]).unwrap();
+    let mut one = open(&path, limits, clock(), (Opening::First, [7; 32])).unwrap();
     assert!(is_stored(&enqueue(&mut one, 1)));
-    let mut two = open_beside(&path, limits, clock(), [8; 32]).unwrap();
+    let mut two = open(&path, limits, clock(), (Opening::Beside, [8; 32])).unwrap();
     assert_eq!(two.secret(), one.secret());
     assert_eq!(two.facts().waiting, 1);
     assert!(is_stored(&enqueue(&mut two, 2)));
@@ -830,6 +834,23 @@ fn two_processes_of_an_instance_count_the_same_jobs() {
 }
 
 #[test]
+fn a_store_that_is_gone_is_created_only_by_a_server_that_starts() {
+    let (_directory, path) = place();
+    Box::new(at(&path).unwrap()).close().unwrap();
+    for opening in [Opening::Again, Opening::Beside] {
+        fs::write(&path, "").unwrap();
+        let refused = open_as(&path, opening).err().unwrap();
+        assert!(refused.is_damaged, "{refused}");
+        assert!(refused.to_string().contains("moved, deleted or emptied"));
+        fs::remove_file(&path).unwrap();
+        let refused = open_as(&path, opening).err().unwrap();
+        assert!(refused.is_damaged, "{refused}");
+        assert!(!path.exists());
+    }
+    assert!(at(&path).is_ok());
+}
+
+#[test]
 fn a_store_in_use_is_opened_only_beside_a_process_of_the_instance() {
     let (_directory, path) = place();
     let mut one = at(&path).unwrap();
@@ -842,7 +863,7 @@ fn a_store_in_use_is_opened_only_beside_a_process_of_the_instance() {
     assert!(is_stored(&enqueue(&mut one, 2)));
     let refused = at(&path).err().unwrap();
     assert!(refused.is_away, "{refused}");
-    let mut two = open_beside(&path, LIMITS, Box::new(|| START), [8; 32]).unwrap();
+    let mut two = open_as(&path, Opening::Beside).unwrap();
     assert!(is_stored(&enqueue(&mut two, 3)));
     assert_eq!(count(()).unwrap(), 1);
 }
