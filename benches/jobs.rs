@@ -18,11 +18,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use nix::sched::{sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rusqlite::Connection;
 use serde_json::{Value, json};
 
+use support::cores;
 use support::figures::{MissedBars, median, quantile};
 use support::load::{Call, Load, Until, frame};
 use support::server::Server;
@@ -43,6 +45,9 @@ struct Words {
     #[arg(long)]
     short: bool,
 }
+
+/// How often calls are measured alone and beside jobs.
+const TURNS: usize = 5;
 
 /// Due in a day, so that no attempt begins.
 const LATER: &str = r#""method":"ping","params":1,"delay_ms":86400000"#;
@@ -289,19 +294,24 @@ fn cycles_per_s(threads: usize, jobs: usize) -> Result<f64, Failure> {
     let directory = StoreDirectory::new()?;
     let server = directory.server_with(threads)?;
     let array = vec![r#"{"method":"ping","params":1}"#; 500].join(",");
-    let request = frame(&format!(r#"{{"in":"rpc.job.enqueue","params":[{array}]}}"#));
     let mut client = JobClient::connect(server.address)?;
     let begin = Instant::now();
+    let mut last = Value::Null;
     for _ in 0..jobs / 500 {
-        client.call(&request)?;
+        last = client.result("rpc.job.enqueue", &format!("[{array}]"))?;
     }
-    let live = |status: &Value| {
-        status["jobs"]["waiting"].as_u64() > Some(0) || status["jobs"]["running"].as_u64() > Some(0)
-    };
-    while live(&server.status()?) {
-        thread::sleep(Duration::from_millis(20));
+    // They begin in the order of their enqueue.
+    for job in last.as_array().into_iter().flatten() {
+        let wait = json!({"job": job["job"]}).to_string();
+        while client.result("rpc.job.wait", &wait)?["ended"] != true {}
     }
     Ok(jobs as f64 / begin.elapsed().as_secs_f64())
+}
+
+fn has_live_jobs(server: &Server) -> Result<bool, Failure> {
+    let status = server.status()?;
+    let count = |state: &str| status["jobs"][state].as_u64();
+    Ok(count("waiting") > Some(0) || count("running") > Some(0))
 }
 
 /// Measures from an enqueue to the answer of a wait, which comes after the begin of the handler.
@@ -375,9 +385,13 @@ struct Called {
 }
 
 impl Called {
+    /// The server and the load run on different cores. Otherwise they would delay each other.
     fn start() -> Result<Self, Failure> {
+        let (server_cpu, load_cpu) = cores::two()?;
         let directory = StoreDirectory::new()?;
+        cores::pin(server_cpu)?;
         let server = directory.server()?;
+        cores::pin(load_cpu)?;
         let call = Call {
             method: "nap",
             params: "0",
@@ -393,10 +407,10 @@ impl Called {
         })
     }
 
-    /// Enqueues thousands of jobs.
-    fn enqueue(&mut self, job: &str, thousands: u64) -> Result<(), Failure> {
-        let array = vec![job; 1_000].join(",");
-        for _ in 0..thousands {
+    /// Enqueues jobs in arrays.
+    fn enqueue(&mut self, job: &str, count: usize) -> Result<(), Failure> {
+        let array = vec![job; 100].join(",");
+        for _ in 0..count.div_ceil(100) {
             self.client
                 .result("rpc.job.enqueue", &format!("[{array}]"))?;
         }
@@ -408,37 +422,66 @@ impl Called {
         let outcome = self.load.run(Until::Elapsed(span))?;
         Ok(outcome.latencies.value_at_quantile(0.99) as f64 / 1e6)
     }
+
+    /// Measures the p99 of its calls alone and beside what `begin` does, in turn. `end` is called after each turn.
+    fn compare(
+        &mut self,
+        span: Duration,
+        mut begin: impl FnMut(&mut Self) -> Result<(), Failure>,
+        mut end: impl FnMut(&mut Self) -> Result<(), Failure>,
+    ) -> Result<f64, Failure> {
+        let (mut alone, mut beside) = (Vec::new(), Vec::new());
+        self.p99(span)?;
+        for _ in 0..TURNS {
+            alone.push(self.p99(span)?);
+            begin(self)?;
+            let p99 = self.p99(span);
+            end(self)?;
+            beside.push(p99?);
+        }
+        let (alone, beside) = (median(&alone), median(&beside));
+        println!("  p99 of calls in ms, alone and beside: {alone:.3}, {beside:.3}");
+        Ok(beside / alone)
+    }
+
+    /// Waits until all jobs have ended.
+    fn wait_for_jobs(&mut self) -> Result<(), Failure> {
+        while has_live_jobs(&self.server)? {
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
 }
 
 /// Measures calls alone, beside jobs that fill their capacity, beside empty jobs, and while the jobs process is stopped.
 fn calls_beside_jobs(missed: &mut MissedBars, span: Duration) -> Result<(), Failure> {
+    let seconds = span.as_secs() as usize;
+    let before = sched_getaffinity(Pid::from_raw(0))?;
     let mut called = Called::start()?;
-    called.p99(span)?;
-    let alone = called.p99(span)?;
-    println!("p99 of calls alone, in ms: {alone:.3}");
-    called.enqueue(r#"{"method":"nap","params":0.05}"#, span.as_secs())?;
-    let ratio = called.p99(span)? / alone;
+    // Four at once are 80 per second.
+    let begin =
+        |called: &mut Called| called.enqueue(r#"{"method":"nap","params":0.05}"#, 100 * seconds);
+    let ratio = called.compare(span, begin, Called::wait_for_jobs)?;
     missed.check("p99 of calls beside jobs of 50 ms, compared", ratio, 1.1);
-    let mut called = Called::start()?;
-    called.enqueue(r#"{"method":"ping","params":1}"#, 20 * span.as_secs())?;
-    let ratio = called.p99(span)? / alone;
+    let begin =
+        |called: &mut Called| called.enqueue(r#"{"method":"ping","params":1}"#, 4_000 * seconds);
+    let ratio = called.compare(span, begin, Called::wait_for_jobs)?;
     missed.check(
         "p99 of calls beside empty jobs at full rate, compared",
         ratio,
         3.0,
     );
-    let mut called = Called::start()?;
     let pid = called.server.status()?["jobs"]["pid"].as_i64();
     let pid = Pid::from_raw(i32::try_from(pid.ok_or("no jobs process")?)?);
-    kill(pid, Signal::SIGSTOP)?;
-    let p99 = called.p99(span);
-    kill(pid, Signal::SIGCONT)?;
+    let stop = |_: &mut Called| Ok(kill(pid, Signal::SIGSTOP)?);
+    let go_on = |_: &mut Called| Ok(kill(pid, Signal::SIGCONT)?);
+    let ratio = called.compare(span, stop, go_on)?;
     missed.check(
         "p99 of calls while the jobs process is stopped, compared",
-        p99? / alone,
+        ratio,
         1.1,
     );
-    Ok(())
+    Ok(sched_setaffinity(Pid::from_raw(0), &before)?)
 }
 
 /// Measures the CPU time of all processes, and what the jobs process writes, while no job is there.

@@ -23,7 +23,7 @@
 //!
 //! The modules are layers, and imports only go down. From the base: `sys` (system calls), `error`;
 //! `throttle`, `logging`; `protocol` (bytes to calls); `link` (what processes share); `config`;
-//! `handler` (what answers a call); `worker_init`; `worker`, `acceptor`, `master` (the kinds of process) and
+//! `handler` (what answers a call); `worker_init`; `worker`, `acceptor`, `master`, `observe` (the kinds of process) and
 //! `jobs` (durable jobs); `server`; `client` and `cli`. `tests/architecture` holds the table.
 //!
 //! To follow one call, read `worker/event_loop.rs`, then `worker/call_dispatcher.rs`. To follow one

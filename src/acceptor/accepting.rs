@@ -252,10 +252,10 @@ impl<'a> Accepting<'a> {
         self.connections(false) >= self.isolation.processes
     }
 
-    /// Returns whether no connection of another session may be adopted now. Each one was counted before it came,
-    /// so the total exceeds `processes` only by the connections in transit. If other acceptors have more connections,
-    /// because `processes` was lowered, the total stays below their number. A session can send connections that the
-    /// listener never accepted, so there is a bound.
+    /// Returns whether no further connection may be adopted. Another acceptor has counted adopted connections already,
+    /// so this limit is higher than that of `is_full`: it allows for those in transit, and for other acceptors that have
+    /// more, because `processes` was lowered. There is a limit because a hostile session can send connections that no
+    /// acceptor has accepted.
     pub(super) fn is_overfull(&mut self) -> bool {
         let most = (self.isolation.processes + BATCH).max(self.most_elsewhere);
         // The number may be some milliseconds old, and count sessions that have ended since then.

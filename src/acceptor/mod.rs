@@ -332,12 +332,12 @@ impl<'a> Acceptor<'a> {
                     Order::Drain(limit) | Order::Stop(limit) => {
                         let has_taker = self.accepting.has_taker();
                         let is_drain = has_taker && matches!(message.body, Order::Drain(_));
-                        // Otherwise closing the listener for the last time would reset connections in its
-                        // queue. The clients of a generation that was refused stay with the one that serves.
+                        // Accept what waits in the queue: closing the listener for the last time would reset it. If the
+                        // reload has failed, the serving generation accepts it.
                         if !self.is_starting() || !has_taker {
                             handover::accept(&mut self.accepting, true);
                         }
-                        // Otherwise connections would wait in the queue for ever.
+                        // No other acceptor would take these connections.
                         if !is_drain {
                             handover::adopt(&mut self.accepting, true);
                         }
@@ -379,7 +379,7 @@ impl<'a> Acceptor<'a> {
         }
     }
 
-    /// Finds out whether the master is dead, which the sessions see too, or was upgraded. In that case the
+    /// Finds out whether the master is dead, which the sessions see too, or was upgraded. After an upgrade the
     /// acceptor of the new program takes over, once its generation serves. If the upgrade has failed, another
     /// acceptor of this generation serves. Until then the sessions continue.
     fn decide(&mut self) {

@@ -9,9 +9,9 @@ use crate::link::session_table::{self, SessionRecord};
 use crate::sys::process_tree;
 use crate::worker_init::WorkerInit;
 
-/// For how long the number of sessions of other acceptors holds.
+/// For how long the counted number of sessions of other acceptors is used.
 const COUNT_MS: u64 = 50;
-/// For how long a session of another acceptor is taken for a living one without a look.
+/// For how long a session of another acceptor that was seen alive is not looked at again.
 const SEEN_MS: u64 = 1_000;
 
 /// The records of one listener, and which of them this acceptor may claim next.
@@ -26,7 +26,7 @@ pub struct OwnRecords {
     block: &'static Block,
     /// Records that were used before.
     free: Vec<usize>,
-    /// Records behind which no process was seen when all were in use.
+    /// Records without a process, as they were at the last search that found no free record.
     suspects: BTreeSet<usize>,
     /// How many sessions other acceptors have, and when that was counted.
     elsewhere: (usize, u64),
@@ -62,7 +62,8 @@ impl OwnRecords {
         self.first + index
     }
 
-    /// The record at a place in the table of all listeners, if it is one of this listener.
+    /// Returns the index of the record at a place in the table of all listeners. `None` for a place before those of this
+    /// listener.
     pub fn index_of(&self, place: u32) -> Option<usize> {
         (place as usize).checked_sub(self.first)
     }

@@ -165,8 +165,8 @@ impl ControlConnection {
         }
     }
 
-    /// Connects to a server of this name that keeps the paths of its first start by a version without
-    /// names. Skips a server that reports another name.
+    /// Connects to a server of this name that was first started by a version without `--name`. It keeps the default
+    /// paths after an upgrade. Skips a server that reports another name.
     pub(super) fn upgraded(candidates: &[PathBuf], name: &str) -> Option<Self> {
         let said = Self::open(candidates).ok()?.status(PROMPT).ok()?.status;
         let said = said.master.name;

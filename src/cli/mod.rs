@@ -231,9 +231,8 @@ fn work_with_jobs(name: &str, command: JobCommand, mut overrides: Overrides) -> 
     }
 }
 
-/// Asks the running server for its first listener, which becomes the address: the server with the given name.
-/// If nothing is given and no configuration is there, asks the server with the name `own` of the program. If
-/// it does not answer, the default listener is called.
+/// Sets the address to the first listener of a running server: of the one with the given name; or, if no address, name
+/// or configuration is given, of the one named `own`. If that does not answer, the default listener is called.
 fn find_running(target: &mut TargetArgs, own: &str) -> Result<()> {
     /// Calls must work while the master is stuck.
     const LIMIT: Duration = Duration::from_secs(1);

@@ -18,6 +18,9 @@ use crate::protocol::frame::{self, DecodedFrame};
 /// means that the bytes are no frame, but text of another server.
 const BODY_MAX: usize = 0x08FF_FFFF;
 
+/// How many bytes of an answer of another kind of server an error shows.
+const SHOWN: usize = 64;
+
 /// The smallest number of bytes to read at once, and the largest number to allocate before they arrive. A declared
 /// length alone allocates no more.
 const READ_MIN: usize = 16 << 10;
@@ -255,7 +258,7 @@ pub(super) fn receive(
             DecodedFrame::TooLarge { .. } => {
                 return Err(Lost::Alien(format!(
                     "the answer begins with \"{}\", which is not a frame: another kind of server listens there",
-                    inbox.escape_ascii()
+                    inbox[..inbox.len().min(SHOWN)].escape_ascii()
                 )));
             }
         };

@@ -90,7 +90,7 @@ impl<'p, I, R> ImapUnordered<'p, I, R> {
 }
 
 impl<I: Iterator<Item: Serialize>, R> ImapUnordered<'_, I, R> {
-    /// Begins calls until there are `window` of them, without those that are `held`.
+    /// Begins calls until those under way and the `held` results, which wait for their turn, are `window` together.
     fn fill(&mut self, held: usize) {
         while !self.exhausted && self.under_way + held < self.window {
             let Some(item) = self.items.next() else {

@@ -56,13 +56,13 @@ pub struct EnqueueOptions {
     pub key: Option<String>,
     /// How long after the enqueue the job is due, at most 365 days.
     pub delay: Option<Duration>,
-    /// When the job is due, in milliseconds since 1970 (UTC). It excludes a delay.
+    /// When the job is due, in milliseconds since 1970 (UTC). It cannot be combined with `delay`.
     pub at_ms: Option<u64>,
     /// -9 to 9. A higher one begins first.
     pub priority: Option<i8>,
-    /// The number of attempts. The server's value is the most.
+    /// The number of attempts, at most the value of the server.
     pub max_attempts: Option<u32>,
-    /// The longest run of one attempt. The server's value is the most.
+    /// The longest run of one attempt, at most the value of the server.
     pub timeout: Option<Duration>,
     /// The time after the enqueue at which the job is dead unless an attempt runs.
     pub expires: Option<Duration>,

@@ -1,6 +1,6 @@
 //! Calls a server: blocking clients with threads and without an async runtime.
 //!
-//! There are three, each built on the one above it:
+//! There are three:
 //!
 //! | type | what for |
 //! | --- | --- |
@@ -8,11 +8,10 @@
 //! | [`Pipeline`] | one connection, any number of calls ahead; answers are matched by id |
 //! | [`Pool`] | several connections in threads: `map` and the like, reconnecting, repeating what is safe |
 //!
-//! [`Client`] sends each call with one write and waits for its answer. It does not reconnect and repeats
-//! nothing. The caller decides whether to repeat a call; the error says whether that is safe
-//! ([`ClientError::is_safe_to_repeat`]). After any error except a refusal the connection is closed, because
-//! a late answer must not be taken for that of the next call. The server then cancels the call. It does the
-//! same if the process exits during a call.
+//! [`Client`] sends each call with one write and waits for its answer. It does not reconnect and repeats nothing. The
+//! caller decides whether to repeat a call; the error says whether that is safe ([`ClientError::is_safe_to_repeat`]).
+//! After an error that leaves an answer outstanding the connection is closed, because a late answer must not be taken
+//! for that of the next call. The server then cancels the call. It does the same if the process exits during a call.
 //!
 //! ```no_run
 //! use std::time::Duration;

@@ -23,8 +23,8 @@ pub(super) struct Retry {
 }
 
 impl Retry {
-    /// Returns the delay before a call is repeated that has failed `failures` times, last with this error,
-    /// `since` its first failure. Returns `None` if it is not repeated.
+    /// Returns the delay before a failed call is repeated; `None` if it is not repeated. `error` is the last of its
+    /// `failures`, and `since` the time since the first one.
     pub(super) fn after(
         self,
         error: &ClientError,

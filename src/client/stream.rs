@@ -53,7 +53,7 @@ impl Stream {
         let mut failure = io::Error::new(ErrorKind::NotFound, "the name has no address");
         for place in address.to_socket_addrs().map_err(no_server)? {
             let connected = match timeout {
-                // std refuses zero. A limit that short is over before it begins.
+                // std refuses zero.
                 Some(limit) => {
                     TcpStream::connect_timeout(&place, limit.max(Duration::from_millis(1)))
                 }
@@ -93,8 +93,8 @@ impl Stream {
     }
 
     /// Sets whether closing the connection, or the end of this process, tells the server that the client
-    /// does not wait for an answer. A normal close could come from a client that has sent its last call. On
-    /// a unix socket each close tells this.
+    /// does not wait for an answer. A normal close looks like that of a client that has sent its last call
+    /// and still waits. On a unix socket each close tells this.
     pub(super) fn set_abort_on_close(&self, forsakes: bool) {
         if let Stream::Tcp(tcp) = self {
             socket::reset_when_closed(tcp, forsakes);

@@ -178,7 +178,7 @@ impl Check<'_> {
         text.map_or_else(|| Ok(directory.join(name)), |text| self.path(key, text))
     }
 
-    /// Returns a path of the file, relative to the directory of the file that sets it.
+    /// Returns the absolute path of a key. A relative path begins at the directory of the file that sets the key.
     pub fn path(&self, key: &str, text: &str) -> Result<PathBuf> {
         if text.is_empty() {
             return Err(self.places.error(

@@ -156,6 +156,7 @@ fn isolation(isolation: Option<&IsolationConfig>) -> RawListen {
         processes: Integer::of(isolation.processes),
         spare: Some(isolation.spare as i64),
         max_lifetime: Lifetime(Some(DurationValue(isolation.max_lifetime))),
+        unfinished: Some(ByteSize(isolation.unfinished as u64)),
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),
         ..RawListen::default()

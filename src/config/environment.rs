@@ -22,9 +22,8 @@ pub(super) struct Environment {
     pub uid: u32,
     /// The effective group id.
     pub gid: u32,
-    /// The directories in which the directory of a server may be, each with what follows the server's name in its path.
-    /// That directory has the pid file and the control socket if the file does not name them. The most
-    /// likely one is first.
+    /// Where the directory of a server may be, as parent and suffix: PARENT/NAME followed by the suffix. That directory
+    /// has the pid file and the control socket if the file does not name them. The most likely one is first.
     pub runtime_roots: Vec<(PathBuf, String)>,
     /// The file that is read if none is named.
     pub default_file: PathBuf,
@@ -46,7 +45,7 @@ pub(super) struct Environment {
     pub kept_variables: KeptVariables,
     /// Returns a variable of the server, if it is set and is UTF-8.
     pub variable: fn(&str) -> Option<String>,
-    /// Whether no server is started. Then its variables may differ from those of this process.
+    /// Whether this is `check`. The server may be started later with other variables than this process has.
     pub is_check: bool,
 }
 

@@ -204,8 +204,8 @@ impl Files {
         self.0.push(File { path, text, start });
     }
 
-    /// Returns the files that match a pattern of `include`, sorted. A pattern without a wildcard gives one
-    /// file, even if it does not exist, so that reading it gives an error.
+    /// Returns the files that match a pattern of `include`, sorted. A pattern without a wildcard must
+    /// name a file that exists.
     fn expand(&self, at: usize, pattern: &str) -> Result<Vec<PathBuf>> {
         let error = |problem: String, remedy: &str| self.error(at, "include", problem, remedy);
         let main = &self.0[0].path;

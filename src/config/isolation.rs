@@ -50,9 +50,12 @@ pub(super) fn resolve(
         0..=most,
         "(processes, and 256 at most)",
     )?;
-    let unfinished = match limits.unfinished {
-        Some(ByteSize(bytes)) => bytes,
-        None => {
+    let unfinished = match (raw.unfinished, limits.unfinished) {
+        (Some(size), _) => {
+            check.size(&key_of("unfinished"), size, LEAST_UNFINISHED, 1 << 40, "")?
+        }
+        (None, Some(ByteSize(bytes))) => bytes,
+        (None, None) => {
             let share = check.here.memory / UNFINISHED_SHARE / processes as u64;
             ((share >> 20) << 20).max(LEAST_UNFINISHED)
         }

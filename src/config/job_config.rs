@@ -22,7 +22,7 @@ pub struct JobsConfig {
     pub methods: BTreeMap<String, JobRules>,
     /// How long an instance owns its attempts without renewing; for PostgreSQL. 5 s to 10 min.
     pub lease: Duration,
-    /// When a job is seen that another instance stored; for PostgreSQL. At least 10 ms.
+    /// How often an instance looks for jobs that others have stored; for PostgreSQL. At least 10 ms.
     pub poll: Duration,
     /// How long an enqueue waits for its commit; at least 1 ms.
     pub enqueue_timeout: Duration,

@@ -5,7 +5,7 @@
 //!
 //! - `files` reads the text.
 //! - `source_map` merges it and records the position of each key.
-//! - `remedies` says what to write instead of what is no TOML or has no such key.
+//! - `remedies` suggests corrections of syntax errors and unknown keys.
 //! - `raw` has serde's types for it; `keys` those of single keys, with defaults and bounds.
 //! - `resolve` with `listeners`, `methods`, `pools` and `jobs` makes [`Settings`], in which every value is set.
 //!

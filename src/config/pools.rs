@@ -194,7 +194,7 @@ pub(super) fn kills_abandoned(
     Ok(kills)
 }
 
-/// Refuses a relative path in the arguments that exists beside the configuration file but not in the
+/// Warns of a relative path in the arguments that exists beside the configuration file but not in the
 /// program's directory, because the program resolves it by its own directory.
 fn misplaced(name: &str, key: &str, pool: &PoolConfig, check: &Check<'_>) -> Option<String> {
     let program = &pool.program;

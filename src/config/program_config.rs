@@ -59,7 +59,7 @@ pub struct PoolConfig {
     pub processes: usize,
     /// Calls at once in one program, 1 to 65,536. Above 1 calls carry an id.
     pub concurrency: usize,
-    /// What its methods have if they do not say it.
+    /// Whether a program is killed when its call is abandoned, for methods that do not set `when-abandoned`.
     pub kills_abandoned: bool,
     /// Whether a program sends a message when it is ready. Otherwise it counts as ready when it has been alive for 50
     /// ms.

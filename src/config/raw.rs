@@ -138,6 +138,7 @@ pub(super) struct RawListen {
     pub processes: Integer<256, 1, 3072>,
     pub spare: Option<i64>,
     pub max_lifetime: Lifetime,
+    pub unfinished: Option<ByteSize>,
     #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
     #[serde(deserialize_with = "account_name")]
@@ -262,7 +263,7 @@ pub(super) struct RawRlimits {
 impl RawListen {
     /// Returns the first set key that belongs only to a listener with a process for each connection.
     pub(super) fn of_isolation(&self) -> Option<&'static str> {
-        first_set(self, "processes spare max-lifetime user group")
+        first_set(self, "processes spare max-lifetime unfinished user group")
     }
 }
 

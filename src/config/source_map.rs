@@ -348,7 +348,7 @@ fn merge<'a>(files: &Files, path: &str, into: &mut DeTable<'a>, from: DeTable<'a
     Ok(())
 }
 
-/// Counts the positions in a table over all files.
+/// Adds `by` to all positions in a table, so that they count over all files.
 fn moved(table: DeTable<'_>, by: usize) -> DeTable<'_> {
     let mut result = DeTable::with_capacity(table.len());
     for (key, value) in table {

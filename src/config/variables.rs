@@ -51,9 +51,7 @@ pub(super) fn resolve(
             // The file has changed since it was read.
             Err((problem, _)) if check.here.has_served => {
                 log::error!(
-                    "{}: {problem}; commands and programs that start from now on lack its variables; correct it \
-                     and reload",
-                    path.display()
+                    "{problem}; commands and programs that start from now on lack its variables; correct it and reload"
                 );
                 BTreeMap::new()
             }

@@ -28,7 +28,7 @@ pub struct JobAttempt {
 /// How a program ended that ran an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ProgramEnd {
-    /// It has not ended, or its end was ordered.
+    /// It has not ended, or was killed because it sent no valid answer.
     None = 0,
     /// By its own fault, and it ran nothing but the attempt.
     Fault = 1,

@@ -257,7 +257,7 @@ pub struct CallState {
     phase: AtomicU8,
     /// Where to record that it has begun, for the keeper after the death of this process.
     shown: Option<&'static AtomicU32>,
-    /// The key of the call, recorded for its thread while it runs.
+    /// The key of the call for the quarantine. The thread that runs it records it in shared memory.
     key: u64,
     identity: CallIdentity,
     /// When its handler began, in nanoseconds (CLOCK_MONOTONIC), with `ENDED` once it has ended; 0: it has not begun.
@@ -298,8 +298,8 @@ impl CallState {
             .is_ok()
     }
 
-    /// Records that it waits, if it still does. Only the loop calls it, because the loop gives calls up.
-    /// After that, `shown` may belong to another call.
+    /// Records in shared memory that it has not begun, if it waits again. Only the loop calls it, because the loop gives
+    /// calls up: then `shown` may belong to another call.
     pub fn show_waiting(&self) {
         if let (WAITING, Some(shown)) = (self.phase.load(Ordering::Acquire), self.shown) {
             shown.store(0, Ordering::Release);

@@ -171,7 +171,7 @@ impl Registry {
         lane > self.pool_processes && Some(lane) != self.jobs_lane()
     }
 
-    /// A copy for a pool process, which finds no method by its name, with further methods.
+    /// Returns a copy with further methods, for a pool process. In it, no method can be found by its name.
     pub fn with_more(&self, methods: Vec<Method>) -> Self {
         Registry {
             methods: self.methods.iter().cloned().chain(methods).collect(),

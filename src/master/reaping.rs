@@ -106,7 +106,7 @@ impl ReapTarget for Round<'_, '_> {
             master.queue_actions(progress);
         }
         if let Some(worker) = worker.as_ref().filter(|it| it.slot.acceptor().is_some()) {
-            adopt_sessions(master, pid, &worker.known);
+            adopt_sessions(master, pid, &worker.known, others);
         }
         // If this round has decided a start or a reload, the result is reported with the log lines of the child that
         // caused it. A later death of the same round must not replace these lines.
@@ -138,7 +138,7 @@ impl ReapTarget for Round<'_, '_> {
         master.orphans.reaped(pid, is_session);
         let serving = master.fleet.generation();
         if master.workers.release_record(pid, serving) {
-            adopt_sessions(master, pid, &Rc::default());
+            adopt_sessions(master, pid, &Rc::default(), &[]);
         }
         no_worker_ended(master, pid);
     }

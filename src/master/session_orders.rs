@@ -17,8 +17,13 @@ use crate::sys::process::Pid;
 const OVERDUE: Millis = 1000;
 
 /// Handles the end of an acceptor: its sessions continue as long as they would have with it.
-pub fn adopt_sessions(master: &mut Master<'_>, acceptor: Pid, known: &Rc<GenerationInfo>) {
-    let mut left = master.workers.sessions.left_by(acceptor, known);
+pub fn adopt_sessions(
+    master: &mut Master<'_>,
+    acceptor: Pid,
+    known: &Rc<GenerationInfo>,
+    reaped: &[Pid],
+) {
+    let mut left = master.workers.sessions.left_by(acceptor, known, reaped);
     // A session can write another child of this process into the record of its acceptor.
     left.retain(|(pid, _)| !master.workers.is_other(*pid) && !master.orphans.is_no_keeper(*pid));
     master.workers.sessions.adopt(acceptor, left, known);

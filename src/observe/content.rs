@@ -1,6 +1,7 @@
 //! Makes the content of each page from the metrics board, the master's facts and the model.
 //!
-//! The facts that only the master knows may be missing or old. Each page shows that.
+//! The facts that only the master knows may be missing or old. The pages with such facts show
+//! that.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};

@@ -203,7 +203,7 @@ pub const METRICS: &[MetricInfo] = &[
     counter(
         "calls_total",
         &["method"],
-        "Calls with an answer, including refusals and notifications.",
+        "Answered calls, including refusals, and notifications.",
     ),
     counter(
         "calls_forwarded_total",

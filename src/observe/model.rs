@@ -56,6 +56,7 @@ struct MethodStep {
     calls: u64,
     /// The number of errors by the place of their code.
     errors: Vec<(usize, u64)>,
+    /// Calls that were refused before they began (docs/operations.md, "Terms").
     shed: u64,
     /// Counts by bucket, ascending.
     buckets: Vec<(usize, u64)>,

@@ -72,7 +72,7 @@ pub fn init_observer_process(
         area.set(&format!("{}: observer", init.program));
     }
     title::set_comm(&init.program, "observer");
-    // Nothing is logged from here on. The log is closed, because a rotated log file must not stay open here.
+    // The log file is closed, because a rotated one must not stay open here.
     if init.settings.log.file.is_some() {
         logging::close_output();
     }

@@ -1,7 +1,7 @@
 //! Decodes a body of any dialect: finds the form of the call, or that it is a batch.
 //!
 //! An object with `jsonrpc` is a JSON-RPC 2.0 call. An array is always a batch of them. Invalid JSON is
-//! answered in the form that its first bytes suggest. Everything else is the plain form.
+//! answered in the form that its text suggests. Everything else is the plain form.
 
 use super::call::{Call, InvalidCall, invalid, not_a_call};
 use super::envelope::{CallMembers, Member};

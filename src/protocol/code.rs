@@ -23,7 +23,7 @@ pub enum Code {
     Overloaded,
     /// The process that ran the call died, or the call is quarantined.
     Crashed,
-    /// A declared length is over `limits.frame`.
+    /// A frame, line or body over `limits.frame`, a too long HTTP head, or an unknown protocol.
     TooLarge,
     /// The server is stopping.
     Stopping,

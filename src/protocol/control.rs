@@ -116,7 +116,8 @@ impl ControlResponse {
     }
 }
 
-/// Returns the version of a program. One that is built on the library also names that of preforkd.
+/// Returns the version of a program for display. For a program that is built on the library, it also has the version of
+/// preforkd.
 pub fn version_of(name: &str, version: &str) -> String {
     match name {
         "preforkd" => version.to_owned(),
@@ -145,7 +146,7 @@ pub struct Status {
     /// generation.
     #[serde(default)]
     pub pools: Vec<PoolStatus>,
-    /// Each acceptor, draining ones too, and each place of one without a process; by listener, then
+    /// Each acceptor, draining ones too, and each acceptor slot without a process; by listener, then
     /// generation.
     #[serde(default)]
     pub isolated: Vec<IsolatedStatus>,
@@ -254,10 +255,10 @@ pub struct WorkerStatus {
     /// The time since the last turn of its event loop in milliseconds: up to a second if it is not stuck.
     pub silent_ms: u64,
     pub threads: u64,
-    /// Threads of these that run past their call's deadline.
+    /// How many of its threads run past the deadline of their call.
     pub lost_threads: u64,
     pub programs: u64,
-    /// Programs of these that do not serve: they are starting, or wait after too many deaths.
+    /// How many of its programs do not serve: they are starting, or wait after too many deaths.
     pub programs_down: u64,
     /// Calls of its connections that run in other processes.
     pub sent: u64,
@@ -308,7 +309,7 @@ pub struct PoolStatus {
     pub list: Vec<ProgramStatus>,
 }
 
-/// One acceptor with its sessions, or the place of one.
+/// One acceptor with its sessions, or an acceptor slot without a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct IsolatedStatus {

@@ -55,7 +55,7 @@ pub fn is_tls_hello(bytes: &[u8]) -> bool {
     matches!(bytes, [0x16, 0x03, 0..=4, ..])
 }
 
-/// Returns whether the bytes begin with `signature`, or are its first `least` bytes or more.
+/// Returns whether the bytes begin with `signature`, or are a beginning of it of at least `least` bytes.
 fn begins(bytes: &[u8], signature: &[u8], least: usize) -> bool {
     bytes.len() >= least && signature.starts_with(&bytes[..bytes.len().min(signature.len())])
 }

@@ -20,7 +20,7 @@ use crate::error::Error;
 const READY: &str = "ready";
 /// The method that cancels a call.
 const CANCEL: &str = "rpc.cancel";
-/// The largest number of bytes of that message, with other members.
+/// The largest number of bytes of the ready message. It may have other members.
 const LONGEST_READY: usize = 4096;
 
 #[derive(Debug)]

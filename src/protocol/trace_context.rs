@@ -19,8 +19,8 @@ pub const RANDOM: u8 = 0b10;
 const MAX_MEMBERS: usize = 32;
 /// The largest number of bytes of a key and of a value.
 const MAX_PART: usize = 256;
-/// The largest number of bytes of a `tracestate` with its white space: what 32 of the longest members take, and as much
-/// as a head of HTTP may have.
+/// The largest number of bytes of a `tracestate` with its white space: enough for 32 of the longest members (16,447),
+/// and for all that a head of HTTP may have (16,384).
 const MAX_STATE: usize = 16 * 1024 + 512;
 
 /// The place of a call in a trace.
@@ -28,7 +28,7 @@ const MAX_STATE: usize = 16 * 1024 + 512;
 pub struct TraceContext {
     /// Never 0.
     pub trace_id: u128,
-    /// The span that sends this: of the caller when it was received, of the call when it is passed on. Never 0.
+    /// The parent span: that of the caller in a received context, that of the call in one that is passed on. Never 0.
     pub parent_id: u64,
     /// Only known flags.
     pub flags: u8,
@@ -104,7 +104,8 @@ pub fn sample_hash(id: u128) -> u64 {
     hash ^ hash >> 33
 }
 
-/// Returns the bound of `sample_hash` below which ids are in a share of 0 to 1; `None`: all are.
+/// Returns the limit for a sample of a share (0 to 1) of all ids: an id is in it if its `sample_hash` is below. `None`:
+/// all are.
 pub fn sample_limit(share: f64) -> Option<u64> {
     // A power of two, so the product is exact; `as` keeps it in range.
     (share < 1.0).then_some((share * (u64::MAX as f64)) as u64)

@@ -1,7 +1,8 @@
 //! Runs a server that an upgrade has started: as a probe, or as the master that takes over.
 //!
 //! The program's `main` and its `on_master_start` run as at any start. An error of a probe is reported to
-//! the master that has started it. An error or panic of a take-over goes back to the program before.
+//! the master that has started it. After an error or panic of a take-over, the previous
+//! program is executed again.
 
 #![allow(unsafe_code)]
 
@@ -44,7 +45,7 @@ impl Server {
             .map_err(|error| Error::system("say that this program could take over", error))
     }
 
-    /// Runs the master of the program before. On any error it goes back to that program.
+    /// Continues as the master of the previous program. After any error, that program is executed again.
     pub(super) fn take_over(
         self,
         trial: ExecAttempt,
@@ -110,6 +111,7 @@ impl Server {
                  is replaced with the new configuration: {error}"
             );
         }
+        one_thread()?;
         // SAFETY: one thread runs, as checked above.
         let title = unsafe { TitleArea::claim() };
         let hooks = Arc::new(std::mem::take(&mut self.hooks));

@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::sysinfo::sysinfo;
 
 /// Limits the number of malloc arenas that the threads of this process share. An arena keeps freed memory
 /// for its own threads. With one arena per thread, a few large results use about eight times their
@@ -37,9 +38,11 @@ pub fn zeroed(length: NonZeroUsize) -> io::Result<&'static mut [u8]> {
 /// Returns how many bytes of memory this process may use: the machine's memory, or the limit of its
 /// control groups (memory.max, cgroups(7)) if that is lower. Returns 1 GiB if nothing can be read.
 pub fn memory_limit() -> u64 {
-    let machine = read_machine().unwrap_or(1 << 30);
+    // A service manager may hide /proc/meminfo (ProcSubset=pid). In some containers only that file has their limit.
+    let machine = read_machine().or_else(|| Some(sysinfo().ok()?.ram_total()));
+    let machine = machine.unwrap_or(1 << 30);
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    group_files(&groups)
+    group_files(&groups, ["memory.max", "memory.limit_in_bytes"])
         .filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok())
         .fold(machine, u64::min)
 }
@@ -54,16 +57,17 @@ fn read_machine() -> Option<u64> {
     Some(kibibytes << 10)
 }
 
-/// Returns the files with the limits of the groups in /proc/self/cgroup and of their parent groups. A
-/// container sees its own group as the outermost one.
-fn group_files(groups: &str) -> impl Iterator<Item = PathBuf> {
-    groups.lines().flat_map(|line| {
+/// Returns a file of each group in /proc/self/cgroup that controls memory, and of their parent groups, the inner ones
+/// first. The two names are those in version 2 and 1 of control groups. A container sees its own group as the outermost
+/// one.
+fn group_files(groups: &str, [file, old_file]: [&'static str; 2]) -> impl Iterator<Item = PathBuf> {
+    groups.lines().flat_map(move |line| {
         let mut parts = line.splitn(3, ':');
         let (hierarchy, controllers) = (parts.next(), parts.next().unwrap_or_default());
         let (root, file) = match hierarchy {
-            Some("0") => ("/sys/fs/cgroup", "memory.max"),
+            Some("0") => ("/sys/fs/cgroup", file),
             _ if controllers.split(',').any(|name| name == "memory") => {
-                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+                ("/sys/fs/cgroup/memory", old_file)
             }
             _ => return Vec::new(),
         };
@@ -78,25 +82,32 @@ fn group_files(groups: &str) -> impl Iterator<Item = PathBuf> {
     })
 }
 
-/// Returns how many processes the kernel has killed since boot because memory ran out, on the machine or
-/// in a group (oom_kill in /proc/vmstat, Linux 4.13). The kernel counts a process before it sends
-/// SIGKILL. Returns `None` if the count cannot be read.
+/// Returns how many processes the kernel has killed because memory ran out: since boot, on the machine or in a group
+/// (oom_kill in /proc/vmstat, Linux 4.13); or, if a service manager hides that file, in the own group (memory.events).
+/// The kernel counts a process before it sends SIGKILL. Returns `None` if the count cannot be read.
 pub fn oom_kill_count() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
-    let count = text
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill "))?;
-    count.trim().parse().ok()
+    let count = |file: &Path| {
+        let text = std::fs::read_to_string(file).ok()?;
+        let mut lines = text.lines();
+        let count = lines.find_map(|line| line.strip_prefix("oom_kill "))?;
+        count.trim().parse().ok()
+    };
+    count(Path::new("/proc/vmstat")).or_else(|| {
+        let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let mut files = group_files(&groups, ["memory.events", "memory.oom_control"]);
+        files.find_map(|file| count(&file))
+    })
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_limits_of_all_parent_groups_count() {
         let files = |groups: &str| -> Vec<String> {
-            group_files(groups)
+            group_files(groups, ["memory.max", "memory.limit_in_bytes"])
                 .map(|file| file.display().to_string())
                 .collect()
         };
@@ -116,5 +127,7 @@ mod tests {
             ]
         );
         assert!(memory_limit() > 1 << 20);
+        let machine = read_machine().unwrap();
+        assert!(sysinfo().unwrap().ram_total() >= machine - machine / 10);
     }
 }

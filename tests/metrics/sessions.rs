@@ -194,6 +194,20 @@ fn starts_and_ends_of_the_programs_of_connections_count() {
 
 #[test]
 fn a_session_that_is_killed_after_its_acceptor_has_closed_its_connection() {
+    kill_with_acceptor(|_, end| end());
+}
+
+#[test]
+fn so_has_one_that_the_master_reaps_together_with_its_acceptor() {
+    kill_with_acceptor(|daemon, end| {
+        signal(daemon.pid(), Signal::SIGSTOP);
+        end();
+        signal(daemon.pid(), Signal::SIGCONT);
+    });
+}
+
+/// Kills an acceptor and then its session with a call. `around` gets what does that.
+fn kill_with_acceptor(around: impl Fn(&Daemon, &dyn Fn())) {
     let config = format!(
         "{WORKERS}respawn-burst = 1000\n[slow-log]\nthreshold = \"50ms\"\n[methods.nap]\nbuiltin = \"sleep\"\n"
     );
@@ -211,9 +225,12 @@ fn a_session_that_is_killed_after_its_acceptor_has_closed_its_connection() {
         .find(|pid| process::title(*pid).contains(": connection "))
         .unwrap();
     let acceptor = process::parent(session).unwrap();
-    signal(acceptor, Signal::SIGKILL);
-    wait_for("its end", PATIENCE, || !process::runs(acceptor));
-    signal(session, Signal::SIGKILL);
+    around(&daemon, &|| {
+        signal(acceptor, Signal::SIGKILL);
+        wait_for("its end", PATIENCE, || !process::runs(acceptor));
+        signal(session, Signal::SIGKILL);
+        wait_for("its end", PATIENCE, || !process::runs(session));
+    });
     wait_value(&daemon, "connections_closed_total{reason=\"crash\"}", 1.0);
     daemon.wait_log("nap: crashed after");
     let slow = daemon.command(&["slow"]);

@@ -389,10 +389,11 @@ impl Load {
             && let Some(end) = self.end
         {
             let most = self.share.count.unwrap_or(u64::MAX);
-            let due = |calls| calls < most && interval.due(calls) < end;
-            while due(self.tally.sent + self.tally.not_sent) {
-                self.tally.not_sent += 1;
-            }
+            let unsent = interval
+                .due_before(end)
+                .min(most)
+                .saturating_sub(self.tally.sent);
+            self.tally.not_sent = self.tally.not_sent.max(unsent);
         }
         self.tally.clone()
     }

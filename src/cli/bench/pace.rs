@@ -25,6 +25,13 @@ impl Interval {
         let place = u128::from(number) * u128::from(self.every) + u128::from(self.offset);
         u64::try_from(place * SECOND / u128::from(self.rate)).unwrap_or(u64::MAX)
     }
+
+    /// Returns how many calls of this thread are due before `end`.
+    pub(super) fn due_before(self, end: u64) -> u64 {
+        let places = (u128::from(end) * u128::from(self.rate)).div_ceil(SECOND);
+        let places = places.saturating_sub(u128::from(self.offset));
+        u64::try_from(places.div_ceil(u128::from(self.every))).unwrap_or(u64::MAX)
+    }
 }
 
 /// Converts a duration to the unit of the engine.
@@ -49,5 +56,27 @@ mod tests {
         // After a day it is still a third of a second.
         assert_eq!(interval(0).due(86_400 * 3 / 2), 86_400 * 1_000_000_000);
         assert_eq!(interval(0).due(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn the_number_of_calls_before_a_time_is_that_of_their_due_times() {
+        for (rate, every, offset) in [(3, 2, 0), (3, 2, 1), (7, 3, 2), (1_000_000_007, 4, 3)] {
+            let interval = Interval {
+                rate,
+                every,
+                offset,
+            };
+            for end in [0, 1, 333_333_333, 333_333_334, 1_000_000_000, 1_000_000_001] {
+                let count = interval.due_before(end);
+                assert!(count == 0 || interval.due(count - 1) < end, "{rate} {end}");
+                assert!(interval.due(count) >= end, "{rate} {end}");
+            }
+        }
+        let fast = Interval {
+            rate: u64::MAX,
+            every: 1,
+            offset: 0,
+        };
+        assert_eq!(fast.due_before(u64::MAX), u64::MAX);
     }
 }

@@ -1,7 +1,7 @@
 //! `top`: shows in a terminal what the status page shows, and prints it once or as JSON.
 //!
-//! The loop waits for keys, signals and the master's answer, and never blocks on one of them. So keys work while
-//! the master is stopped. The figures are computed by `observe`.
+//! The loop waits for keys, signals and the master's answer at the same time. So keys work while the master is stopped.
+//! The figures are computed by `observe`.
 
 mod cells;
 mod draw;

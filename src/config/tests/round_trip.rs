@@ -59,7 +59,7 @@ prop_compose! {
                 spare,
                 max_lifetime,
                 account: None,
-                unfinished: 0,
+                unfinished: (1 << 20) + spare,
             }),
         }
     }
@@ -278,10 +278,6 @@ prop_compose! {
         let level = LevelFilter::iter().nth(level).unwrap();
         let format = if json { LogFormat::Json } else { LogFormat::Text };
         let kind = MethodKind::Builtin(Builtin::Ping);
-        let mut listen = listen;
-        for isolation in listen.iter_mut().filter_map(|listen| listen.isolation.as_mut()) {
-            isolation.unfinished = limits.unfinished;
-        }
         let methods: BTreeMap<_, _> = methods
             .into_iter()
             .map(|(name, method)| {

@@ -97,6 +97,10 @@ impl CommandHandler {
         match stopped {
             Stopped::TimedOut => RpcError::of(Code::Timeout, "its deadline has passed", true),
             Stopped::GivenUp => RpcError::of(Code::Cancelled, "the call was cancelled", true),
+            Stopped::Failed => {
+                let text = "the system did not say how the command ended; memory may be short";
+                RpcError::of(Code::Internal, text, true)
+            }
             Stopped::TooMuch { stderr } => {
                 let text = format!(
                     "it wrote more than the {} of max-output, and was killed",

@@ -2,8 +2,8 @@
 //! deadline. So neither side waits for a full pipe of the other.
 //!
 //! The call ends when the program has ended, even if another process still has its pipes. Then the bytes
-//! in the pipes count, and its process group is killed. If the call ends before or the output is too
-//! long, the group and all descendants are killed.
+//! that are in the pipes belong to the output, and its process group is killed. If the call is given up or out of time
+//! before, or the output is too long, the group and all descendants are killed.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
@@ -40,6 +40,8 @@ pub(super) struct Ran {
 pub(super) enum Stopped {
     TimedOut,
     GivenUp,
+    /// The system did not say how it ended.
+    Failed,
     /// Its output was too long.
     TooMuch {
         stderr: String,
@@ -137,6 +139,7 @@ impl CommandProcess {
             return Err(match why {
                 End::TimedOut => Stopped::TimedOut,
                 End::GivenUp => Stopped::GivenUp,
+                End::Failed => Stopped::Failed,
                 End::TooMuch => Stopped::TooMuch {
                     stderr: shown.into_stderr(),
                 },
@@ -157,7 +160,7 @@ impl CommandProcess {
                 stderr,
             }),
             // No other code reaps it. If it was reaped, its exit status is unknown.
-            None => Err(Stopped::GivenUp),
+            None => Err(Stopped::Failed),
         }
     }
 
@@ -200,7 +203,7 @@ impl CommandProcess {
             match poll(&mut fds[..count], timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 // A temporary lack of memory; without poll there is no way to wait.
-                Err(_) => return Err(End::GivenUp),
+                Err(_) => return Err(End::Failed),
             }
             let has_ended = fds[0].any().unwrap_or(false);
             if has_ended {
@@ -232,6 +235,7 @@ impl CommandProcess {
 enum End {
     TimedOut,
     GivenUp,
+    Failed,
     TooMuch,
 }
 

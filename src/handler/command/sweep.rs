@@ -34,14 +34,14 @@ const DYING: Duration = Duration::from_secs(1);
 static NEXT_PROGRAM: AtomicU64 = AtomicU64::new(PROGRAMS);
 /// How many commands and programs this process has started.
 static STARTS: AtomicU64 = AtomicU64::new(0);
-/// The calls whose command runs, and the pool programs, each with the starts before it.
+/// The calls whose command runs, and the pool programs, each with the value of `STARTS` before it.
 static RUNNING: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 /// Whether this worker is exiting, so that no command may start.
 static LEAVES: RwLock<bool> = RwLock::new(false);
 /// Reads the marks of adopted processes.
 static READER: Reader = Reader::new();
-/// The adopted processes without a mark, each with the starts when it was found: a later one has not started it.
-/// 0 once it was killed.
+/// The adopted processes without a mark, each with the value of `STARTS` when it was seen first: only a command that was
+/// started before can have created it. 0 once it was killed.
 static UNMARKED: Mutex<BTreeMap<Pid, u64>> = Mutex::new(BTreeMap::new());
 /// Held during a sweep. No other thread reaps adopted children then, so their pids cannot be reused.
 static SWEEPING: Mutex<()> = Mutex::new(());

@@ -159,16 +159,23 @@ impl Sessions {
     }
 
     /// Returns the sessions of an acceptor that was reaped, with the numbers of their records. They are children of
-    /// this process now. Records the crashes that the acceptor had not reported.
-    pub fn left_by(&mut self, acceptor: Pid, known: &Rc<GenerationInfo>) -> Vec<(Pid, usize)> {
+    /// this process now, or were reaped together with the acceptor and are among `reaped`. Records the crashes that the
+    /// acceptor had not reported.
+    pub fn left_by(
+        &mut self,
+        acceptor: Pid,
+        known: &Rc<GenerationInfo>,
+        reaped: &[Pid],
+    ) -> Vec<(Pid, usize)> {
         self.note_crashes(|of| (of == acceptor).then(|| Rc::clone(known)));
         let mut found = Vec::new();
         for (place, _, record) in self.used() {
             if record.acceptor() == acceptor && record.is_used() {
                 let pid = record.pid();
-                match is_behind(record, pid) && process::is_child(pid) {
+                let is_there = is_behind(record, pid) && process::is_child(pid);
+                match is_there || reaped.contains(&pid) {
                     true => found.push((pid, place)),
-                    // This session was reaped, or was never forked.
+                    // The acceptor has reaped this session, or had not forked it yet.
                     false => record.release(),
                 }
             }

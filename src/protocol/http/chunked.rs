@@ -117,7 +117,7 @@ fn size(line: &[u8]) -> Result<u64, RejectedRequest> {
         .map_err(|_| RejectedRequest::new(413, "a chunk of more than 2^64 bytes"))
 }
 
-/// Returns the bytes of the trailers and the empty line behind them; `None` if that has not arrived.
+/// Returns the length in bytes of the trailers and the empty line behind them; `None` if that has not arrived.
 fn trailers(bytes: &[u8]) -> Result<Option<usize>, RejectedRequest> {
     let mut at = 0;
     loop {

@@ -50,7 +50,7 @@ impl From<RejectedRequest> for PageRefusal {
     }
 }
 
-/// Decodes the request at the beginning of `bytes`: those of the last call and possibly more. `None`: more
+/// Decodes the request at the beginning of `bytes`. They begin with those that were passed the last time. `None`: more
 /// bytes are needed. An empty line before a request is skipped by the caller with [`blank_lines`].
 ///
 /// # Errors
@@ -119,7 +119,7 @@ fn authority(target: &str) -> Option<&str> {
     rest.split(['/', '?', '#']).next()
 }
 
-/// Returns the bytes of the empty lines before a request (RFC 9112, section 2.2).
+/// Returns the length in bytes of the empty lines before a request (RFC 9112, section 2.2).
 pub fn blank_lines(bytes: &[u8]) -> usize {
     let lines = bytes.chunks_exact(2).take_while(|pair| *pair == b"\r\n");
     lines.count() * 2

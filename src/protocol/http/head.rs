@@ -234,6 +234,12 @@ pub(super) fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, Rejecte
 
 /// Returns the length of the body. It must be given exactly once and in one way.
 pub(super) fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedRequest> {
+    if fields.misspelt {
+        // A proxy in front may read it as the real header, and then the two would disagree about the next request.
+        return Err(malformed(
+            "an underscore in Content-Length or Transfer-Encoding",
+        ));
+    }
     if let [.., last] = fields.codings[..] {
         let chunked = |coding: &&[u8]| coding.eq_ignore_ascii_case(b"chunked");
         let times = fields.codings.iter().filter(|it| chunked(it)).count();
@@ -253,9 +259,6 @@ pub(super) fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedReq
         return Ok(Length::Chunked);
     }
     match (fields.lengths, fields.length) {
-        (0, _) if fields.misspelt => Err(malformed(
-            "an underscore in Content-Length or Transfer-Encoding",
-        )),
         (0, _) | (_, None) => Ok(Length::None),
         (1, Some(digits)) if !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) => {
             let text = std::str::from_utf8(digits).unwrap_or_default();

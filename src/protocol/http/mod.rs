@@ -1,7 +1,7 @@
 //! Encodes and decodes HTTP/1.1, as much of it as calls need (RFC 9110, RFC 9112).
 //!
 //! [`decode`] takes requests from the bytes of a connection. [`response::finish`] makes responses of answers.
-//! httparse knows the grammar. Input that two parsers could understand differently is refused before that: a bare
+//! httparse knows the grammar. Input that two parsers could understand differently is refused besides: a bare
 //! line feed, two lengths, malformed chunks. If a refusal leaves in doubt where the next request begins, it closes
 //! the connection. So no second request is ever parsed from a refused one.
 //!
@@ -84,7 +84,7 @@ impl ParseProgress {
     }
 }
 
-/// Decodes the request at the beginning of `bytes`: those of the last call and possibly more.
+/// Decodes the request at the beginning of `bytes`. They begin with those that were passed the last time.
 pub fn decode<'a>(
     bytes: &'a [u8],
     progress: &mut ParseProgress,
