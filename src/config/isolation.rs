@@ -51,9 +51,7 @@ pub(super) fn resolve(
         "(processes, and 256 at most)",
     )?;
     let unfinished = match (raw.unfinished, limits.unfinished) {
-        (Some(size), _) => {
-            check.size(&key_of("unfinished"), size, LEAST_UNFINISHED, 1 << 40, "")?
-        }
+        (Some(size), _) => check.size(&key_of("unfinished"), size, 1 << 10, i64::MAX as u64, "")?,
         (None, Some(ByteSize(bytes))) => bytes,
         (None, None) => {
             let share = check.here.memory / UNFINISHED_SHARE / processes as u64;

@@ -38,7 +38,7 @@ trait ReapTarget {
     /// of the same round that are no workers.
     fn remove_worker(&mut self, child: &ReapedChild, others: &[Pid]);
     /// Removes a child that is no worker from the tables.
-    fn remove_other(&mut self, child: &ReapedChild);
+    fn remove_other(&mut self, child: &ReapedChild, others: &[Pid]);
     /// Applies the queued actions, except those about the children `ended`.
     fn apply_actions_except(&mut self, ended: &[Pid]);
 }
@@ -54,7 +54,7 @@ fn handle_round(target: &mut impl ReapTarget, round: &[ReapedChild]) {
         target.remove_worker(worker, &pids);
     }
     for child in others {
-        target.remove_other(child);
+        target.remove_other(child, &pids);
     }
     let ended: Vec<Pid> = round.iter().map(|child| child.pid).collect();
     target.apply_actions_except(&ended);
@@ -128,7 +128,7 @@ impl ReapTarget for Round<'_, '_> {
         );
     }
 
-    fn remove_other(&mut self, child: &ReapedChild) {
+    fn remove_other(&mut self, child: &ReapedChild, others: &[Pid]) {
         let (master, pid) = (&mut *self.master, child.pid);
         let is_session = master.workers.sessions.reaped(child);
         if is_session {
@@ -138,7 +138,7 @@ impl ReapTarget for Round<'_, '_> {
         master.orphans.reaped(pid, is_session);
         let serving = master.fleet.generation();
         if master.workers.release_record(pid, serving) {
-            adopt_sessions(master, pid, &Rc::default(), &[]);
+            adopt_sessions(master, pid, &Rc::default(), others);
         }
         no_worker_ended(master, pid);
     }
@@ -330,7 +330,7 @@ mod tests {
             });
         }
 
-        fn remove_other(&mut self, child: &ReapedChild) {
+        fn remove_other(&mut self, child: &ReapedChild, _others: &[Pid]) {
             let pid = child.pid;
             assert!(self.keepers.remove(&pid), "{pid} is no keeper");
         }

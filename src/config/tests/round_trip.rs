@@ -59,7 +59,7 @@ prop_compose! {
                 spare,
                 max_lifetime,
                 account: None,
-                unfinished: (1 << 20) + spare,
+                unfinished: 1024 + spare,
             }),
         }
     }

@@ -48,12 +48,11 @@ pub fn claim(executors: &mut Executors, now_ms: u64, is_up: bool) -> Actions {
 
 fn take_claim(executors: &mut Executors, link: u64, now_ms: u64) -> Option<ClaimRequest> {
     let executor = executors.all.get_mut(&link)?;
-    let room = executor.room(
-        executors.config.concurrency,
-        executors.limits.generation,
-        now_ms,
-    );
-    if room == 0 || executor.claiming.is_some() {
+    let limits = &executors.limits;
+    let room = executor.room(&limits.places, limits.generation, now_ms);
+    // Attempts that it has named are not tracked before the store was read.
+    let is_known = executor.named.is_empty() && executor.reports.is_empty();
+    if room == 0 || executor.claiming.is_some() || !is_known {
         return None;
     }
     let mut running = BTreeMap::new();

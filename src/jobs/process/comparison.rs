@@ -142,6 +142,10 @@ fn handle_early_reports(executors: &mut Executors, link: u64, now_ms: u64) -> Ac
     let Some(executor) = executors.all.get_mut(&link) else {
         return Actions::new();
     };
+    // No job was claimed for it before its attempts were known.
+    if !executor.named.is_empty() || !executor.reports.is_empty() {
+        executors.plan.has_room(executor.lane, now_ms);
+    }
     executor.named.clear();
     let mut actions = Actions::new();
     for report in std::mem::take(&mut executor.reports) {

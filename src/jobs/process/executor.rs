@@ -100,8 +100,10 @@ impl EndedProcesses {
 }
 
 /// What limits the attempts of all executors.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ExecutorLimits {
+    /// The largest numbers of attempts of an executor, by lane.
+    pub places: Vec<usize>,
     /// The generation of this process, as records show it.
     pub generation: u32,
     /// The largest number of bytes of params that fit into a frame.
@@ -193,9 +195,9 @@ impl Executor {
         self.cause.filter(|_| self.ended_ms.is_some())
     }
 
-    /// Returns how many attempts it could begin now. `concurrency` is the largest number of attempts of a worker.
-    /// `generation` is that of this process, as records show it.
-    pub fn room(&mut self, concurrency: usize, generation: u32, now_ms: u64) -> usize {
+    /// Returns how many attempts it could begin now. `places` are the largest numbers of attempts of an executor, by
+    /// lane. `generation` is that of this process, as records show it.
+    pub fn room(&mut self, places: &[usize], generation: u32, now_ms: u64) -> usize {
         let Some(record) = self.record.filter(|_| !self.is_leaving) else {
             return 0;
         };
@@ -214,14 +216,11 @@ impl Executor {
             (self.epoch, self.sent_since) = (epoch, 0);
         }
         let idle = record.idle.load(Relaxed).saturating_sub(self.sent_since) as usize;
-        match self.lane {
-            // An attempt leaves its place when its end is stored. A claim is stored after the ends that came before it.
-            0 => {
-                let running = self.attempts.values().filter(|it| !it.is_settling);
-                idle.min(concurrency.saturating_sub(running.count()))
-            }
-            _ => idle,
-        }
+        // An attempt leaves its place when its end is stored. A claim is stored after the ends that came before it. A pool
+        // process may show more idle capacity than it has places, because it takes short calls ahead.
+        let running = self.attempts.values().filter(|it| !it.is_settling);
+        let places = places.get(self.lane).copied().unwrap_or(0);
+        idle.min(places.saturating_sub(running.count()))
     }
 }
 

@@ -87,6 +87,7 @@ fn executors() -> Executors {
     ];
     let plan = ClaimPlan::new(BTreeMap::from(methods));
     let limits = ExecutorLimits {
+        places: vec![4, 2],
         generation: 2,
         longest_params: 100,
     };
@@ -449,11 +450,13 @@ fn a_cancel_goes_to_the_executor_of_the_attempt() {
 #[test]
 fn what_an_executor_names_or_reports_is_tracked_although_a_claim_is_under_way() {
     let mut executors = executors();
+    link(&mut executors, WORKER, PID, Vec::new());
+    assert_eq!(compare(&mut executors, &[], true, |_| true, NOW), []);
+    executors.plan().add_due("mail", NOW, 1);
+    assert_eq!(claim(&mut executors, NOW, true).len(), 1);
     link(&mut executors, WORKER, PID, vec![id(1)]);
     let done = report(2, AttemptEndKind::Result);
     executors.receive(WORKER, record(4), done, NOW).unwrap();
-    executors.plan().add_due("mail", NOW, 1);
-    assert_eq!(claim(&mut executors, NOW, true).len(), 1);
     let rows = [row(1, PID), row(2, PID), row(3, PID), row(4, PID)];
     assert_eq!(compare(&mut executors, &rows, true, |_| true, NOW), []);
     let actions = compare(&mut executors, &rows, true, |_| true, NOW);
@@ -616,7 +619,7 @@ fn a_pool_process_that_shows_the_lanes_of_another_generation_gets_no_job() {
 #[test]
 fn the_next_claim_is_stored_together_with_the_end_of_an_attempt() {
     let mut executors = with_attempt();
-    executors.config.concurrency = 1;
+    executors.limits.places = vec![1];
     executors.plan().add_due("mail", NOW, 9);
     assert_eq!(claim(&mut executors, NOW, true), []);
     let record = executors.all[&WORKER].record.unwrap();
@@ -627,6 +630,43 @@ fn the_next_claim_is_stored_together_with_the_end_of_an_attempt() {
     let claims = claim(&mut executors, NOW, true);
     assert!(
         matches!(&claims[..], [ExecutorAction::Store(StoreRequest::Claim(claim), _)] if claim.most == 1),
+        "{claims:?}"
+    );
+}
+
+#[test]
+fn a_pool_gets_no_more_jobs_than_it_has_places() {
+    let mut executors = executors();
+    let hello = AttemptFrame::Executor(ExecutorHello {
+        pid: PID,
+        lane: 1,
+        attempts: Vec::new(),
+    });
+    // It takes short calls ahead.
+    let shown = record(34);
+    shown.lane.store(1, Relaxed);
+    shown.generation.store(2, Relaxed);
+    executors.receive(WORKER, shown, hello, NOW).unwrap();
+    assert_eq!(compare(&mut executors, &[], true, |_| true, NOW), []);
+    executors.plan().add_due("pool", NOW, 9);
+    let claims = claim(&mut executors, NOW, true);
+    assert!(
+        matches!(&claims[..], [ExecutorAction::Store(StoreRequest::Claim(claim), _)] if claim.most == 2),
+        "{claims:?}"
+    );
+}
+
+#[test]
+fn nothing_is_claimed_for_an_executor_before_its_attempts_are_known() {
+    let mut executors = executors();
+    link(&mut executors, WORKER, PID, vec![id(1), id(2)]);
+    executors.plan().add_due("mail", NOW, 9);
+    assert_eq!(claim(&mut executors, NOW, true), []);
+    let rows = [row(1, PID), row(2, PID)];
+    assert_eq!(compare(&mut executors, &rows, true, |_| true, NOW), []);
+    let claims = claim(&mut executors, NOW, true);
+    assert!(
+        matches!(&claims[..], [ExecutorAction::Store(StoreRequest::Claim(claim), _)] if claim.most == 2),
         "{claims:?}"
     );
 }

@@ -110,7 +110,9 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     let methods = boot.registry.methods().iter();
     let counters = JobFigures::new(&boot.metrics, methods.map(|method| method.name.as_str()));
     let plan = attempts::plan(&boot.registry);
+    let pools = boot.registry.pools().iter().map(|pool| pool.capacity());
     let limits = ExecutorLimits {
+        places: [config.concurrency].into_iter().chain(pools).collect(),
         generation: worker::peer::shown_generation(boot.generation.0),
         longest_params: longest_payload(boot.settings.limits.frame),
     };

@@ -4,7 +4,7 @@
 //! damage. So a process shows that it opens the store before it looks at the others. Each record has a mark: the end of
 //! the id of the instance, and whether the store is open. The master clears the mark of a dead process.
 
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use crate::jobs::store::Opening;
 use crate::link::scoreboard::WorkerRecord;
@@ -12,6 +12,8 @@ use crate::worker_init::JobsInstance;
 
 /// The bit of a mark that says that the store is open. Without it, it is being opened.
 const OPEN: u32 = 1;
+/// After this number of unused records in a row, no further process is expected.
+const GAP: usize = 64;
 /// Each mark has it, so that none is zero.
 const IS_MARK: u32 = 2;
 
@@ -37,27 +39,40 @@ impl StoreMark {
     }
 
     /// Shows that this process opens the store. Returns how; `None` if another process of the instance is opening it,
-    /// so that this one must wait. `was_opened` is whether the instance has had the store open.
+    /// so that this one must begin again later. `was_opened` is whether the instance has had the store open.
     pub fn begin(&self, was_opened: bool) -> Option<Opening> {
         self.show(self.mark);
-        let others = (self.records.iter().enumerate()).filter(|(index, _)| *index != self.own);
-        let mut opening = if was_opened {
-            Opening::Again
-        } else {
-            Opening::First
-        };
-        for (index, record) in others {
-            match record.store.load(SeqCst) {
-                mark if mark == self.mark | OPEN => opening = Opening::Beside,
-                // If two begin at once, the first in the scoreboard goes on.
-                mark if mark == self.mark && index < self.own => {
+        let (mut is_open, mut is_opening, mut unused) = (false, false, 0);
+        for (index, record) in self.records.iter().enumerate() {
+            let mark = record.store.load(SeqCst);
+            if index == self.own {
+                continue;
+            }
+            is_open |= mark == self.mark | OPEN;
+            if mark == self.mark {
+                // If two begin at once, both see it. The one that comes first in the scoreboard keeps its mark and goes on
+                // when the other has hidden its own.
+                is_opening = true;
+                if index < self.own {
                     self.show(0);
                     return None;
                 }
-                _ => {}
+            }
+            // Behind a long gap there are no processes. Reading all records would allocate their memory.
+            unused = match mark == 0 && record.heartbeat_ms.load(Relaxed) == 0 {
+                true => unused + 1,
+                false => 0,
+            };
+            if unused > GAP && index > self.own {
+                break;
             }
         }
-        Some(opening)
+        match (is_opening, is_open, was_opened) {
+            (true, _, _) => None,
+            (false, true, _) => Some(Opening::Beside),
+            (false, false, true) => Some(Opening::Again),
+            (false, false, false) => Some(Opening::First),
+        }
     }
 
     /// Shows that the store is open.
@@ -116,5 +131,14 @@ mod tests {
         assert_eq!(first.begin(false), Some(Opening::First));
         first.opened();
         assert_eq!(second.begin(true), Some(Opening::Beside));
+        first.closed();
+        second.closed();
+        // In the other order the first one waits, and then goes on.
+        assert_eq!(second.begin(true), Some(Opening::Again));
+        assert_eq!(first.begin(true), None);
+        assert_eq!(second.begin(true), None, "it hides its mark");
+        assert_eq!(first.begin(true), Some(Opening::Again));
+        first.closed();
+        assert_eq!(second.begin(true), Some(Opening::Again));
     }
 }

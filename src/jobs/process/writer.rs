@@ -111,6 +111,7 @@ struct Writer {
 impl Writer {
     fn run(mut self) {
         while !matches!(self.stage, Stage::Ended) {
+            let was_open = matches!(self.stage, Stage::Joining(_) | Stage::Open(_));
             self.receive();
             match std::mem::replace(&mut self.stage, Stage::Closed) {
                 Stage::Closed | Stage::Joining(..) if self.is_closing => self.end(None),
@@ -119,7 +120,7 @@ impl Writer {
                 Stage::Open(engine) => self.serve(engine),
                 Stage::Ended => self.stage = Stage::Ended,
             }
-            if matches!(self.stage, Stage::Closed | Stage::Ended) {
+            if was_open && matches!(self.stage, Stage::Closed | Stage::Ended) {
                 self.init.mark.closed();
             }
         }
@@ -214,7 +215,9 @@ impl Writer {
         let secret = match (self.init.instance.lock.try_lock(), random_bytes()) {
             (Ok(true), Ok(secret)) => secret,
             (Ok(false), _) => {
-                return self.wait("processes of a server that was killed still use it");
+                let text = "processes of a server that was killed still use it";
+                self.failed(away(text.to_owned()));
+                return self.health.try_at(monotonic_ms() + LOOK_MS);
             }
             (Err(error), _) => {
                 return self.failed(away(format!("its lock cannot be taken: {error}")));
@@ -223,7 +226,8 @@ impl Writer {
         };
         let limits = rules::store_limits(&self.init.config);
         let Some(opening) = self.init.mark.begin(self.init.instance.was_opened.is_set()) else {
-            return self.wait("another jobs process of this server is opening it");
+            // Another jobs process of this server is opening it, which does not take long.
+            return self.health.try_at(monotonic_ms() + LOOK_MS);
         };
         match open::store(&self.init.config.store, limits, opening, secret) {
             Ok(engine) => {
@@ -232,10 +236,12 @@ impl Writer {
                 self.stage = Stage::Joining(engine);
             }
             Err(error) if self.init.is_awaited && !error.is_away => {
+                self.init.mark.closed();
                 self.stage = Stage::Ended;
                 self.send(StoreEvent::Refused(error.to_string()));
             }
             Err(error) => {
+                self.init.mark.closed();
                 let fault = match error.is_damaged {
                     true => StoreFault::Corrupt,
                     false => StoreFault::Away,
@@ -244,12 +250,6 @@ impl Writer {
                 self.failed(StoreError::new(fault, text));
             }
         }
-    }
-
-    /// Tries again soon, because other processes have the store.
-    fn wait(&mut self, why: &str) {
-        self.failed(StoreError::new(StoreFault::Away, why));
-        self.health.try_at(monotonic_ms() + LOOK_MS);
     }
 
     /// Waits for the processes that may run attempts of an earlier instance, and then registers this instance.

@@ -851,6 +851,30 @@ fn a_store_that_is_gone_is_created_only_by_a_server_that_starts() {
 }
 
 #[test]
+fn a_log_without_its_database_is_kept() {
+    let (_directory, path) = place();
+    let mut engine = at(&path).unwrap();
+    assert!(is_stored(&enqueue(&mut engine, 1)));
+    // As after a kill: nothing closes the store.
+    let log = file::log_of(&path);
+    let content = fs::read(&log).unwrap();
+    assert!(!content.is_empty());
+    drop(engine);
+    fs::write(&log, &content).unwrap();
+    fs::remove_file(&path).unwrap();
+    for _ in 0..2 {
+        let refused = at(&path).err().unwrap();
+        assert!(refused.is_damaged, "{refused}");
+        assert!(refused.to_string().contains("its write-ahead log"));
+        assert!(inspect(&path, false).is_err());
+        assert_eq!(fs::read(&log).unwrap(), content);
+        fs::write(&path, "").unwrap();
+    }
+    fs::remove_file(&log).unwrap();
+    assert!(at(&path).is_ok());
+}
+
+#[test]
 fn a_store_in_use_is_opened_only_beside_a_process_of_the_instance() {
     let (_directory, path) = place();
     let mut one = at(&path).unwrap();
