@@ -5,7 +5,10 @@
 //!
 //! ```no_run
 //! fn main() -> std::process::ExitCode {
-//!     preforkd::Server::new().method("add", |(a, b): (i64, i64)| Ok(a + b)).run()
+//!     let too_large = || preforkd::RpcError::invalid_params("the sum is too large");
+//!     preforkd::Server::new()
+//!         .method("add", move |(a, b): (i64, i64)| a.checked_add(b).ok_or_else(too_large))
+//!         .run()
 //! }
 //! ```
 //!

@@ -46,7 +46,7 @@ const THREADS_END: Duration = Duration::from_secs(1);
 ///
 /// ```no_run
 /// fn main() -> std::process::ExitCode {
-///     preforkd::Server::new().method("add", |(a, b): (i64, i64)| Ok(a + b)).run()
+///     preforkd::Server::new().method("add", |(a, b): (f64, f64)| Ok(a + b)).run()
 /// }
 /// ```
 #[derive(Default)]

@@ -53,8 +53,8 @@ pub(super) fn warnings(settings: &Settings, here: &Environment, ids: Ids) -> Vec
             format!(
                 "commands, pools and isolated connections run without a guard: {reason}. They can read the memory \
                  of a worker that runs as the same user. Enable Landlock (Linux 5.19 or later; in a \
-                 unit, allow the landlock_* system calls), or give each program a user of its own; \
-                 or set guard = false to run them without a guard and without this warning"
+                 unit, allow the landlock_* system calls), or give each program a user of its own, \
+                 or accept this with guard = false"
             )
         };
         let has_any = guarded.next().is_some() || settings.isolated().next().is_some();

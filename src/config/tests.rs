@@ -570,3 +570,10 @@ fn the_commented_example_is_the_defaults() {
         defaults
     );
 }
+
+#[test]
+fn a_pool_program_says_when_it_is_ready_unless_the_pool_says_otherwise() {
+    let text = "[pools.a]\ncommand = ['true']\n[pools.b]\ncommand = ['true']\nready = 'alive'\n";
+    let settings = settings(&root(), text).unwrap();
+    assert!(settings.pools["a"].handshake && !settings.pools["b"].handshake);
+}

@@ -126,7 +126,7 @@ impl Server {
     ///
     /// ```
     /// let server = preforkd::Server::new().namespace("math", |math| {
-    ///     math.method("add", |(a, b): (i64, i64)| Ok(a + b))
+    ///     math.method("add", |(a, b): (f64, f64)| Ok(a + b))
     ///         .namespace("constant", |constant| constant.inline("pi", |()| Ok(3.14)))
     /// });
     /// assert!(server.functions().contains("math.add"));
