@@ -24,7 +24,7 @@ pub enum DecodedFrame<'a> {
     TooLarge { length: u32 },
 }
 
-/// Returns the message for a length over the limit. Text in place of a frame has such a length.
+/// Returns the message for a length over the limit. Text instead of a frame has such a length.
 pub fn too_large(length: u32, limit: usize) -> String {
     let bytes = length.to_le_bytes();
     let is_text = bytes

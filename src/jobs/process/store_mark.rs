@@ -50,8 +50,8 @@ impl StoreMark {
             }
             is_open |= mark == self.mark | OPEN;
             if mark == self.mark {
-                // If two begin at once, both see it. The one that comes first in the scoreboard keeps its mark and goes on
-                // when the other has hidden its own.
+                // If two begin at once, both see it. The one that comes first in the scoreboard keeps its mark, and opens
+                // the store when the other has hidden its own.
                 is_opening = true;
                 if index < self.own {
                     self.show(0);
@@ -133,7 +133,7 @@ mod tests {
         assert_eq!(second.begin(true), Some(Opening::Beside));
         first.closed();
         second.closed();
-        // In the other order the first one waits, and then goes on.
+        // In the other order the first one waits, and then opens the store.
         assert_eq!(second.begin(true), Some(Opening::Again));
         assert_eq!(first.begin(true), None);
         assert_eq!(second.begin(true), None, "it hides its mark");
