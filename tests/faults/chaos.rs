@@ -211,7 +211,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
     settle(&daemon);
     // No log line is outstanding.
     let log = logs(&daemon);
-    let told = Told::of(&log);
+    let told = Told::of(&log, &chaos.ledger);
     let mut faults = Vec::new();
     for (name, tally) in &tallies {
         println!("{name}: {}", tally.line());

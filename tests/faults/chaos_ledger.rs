@@ -106,13 +106,18 @@ pub struct Told {
     starved: Vec<SystemTime>,
     /// When a worker had no descriptor left to adopt a connection. The answers of that connection come later.
     shut: Vec<SystemTime>,
+    /// The times in which the log could not be written, so that such lines may be missing.
+    mute: Vec<(Instant, Instant)>,
     pub kept: usize,
 }
 
 impl Told {
-    /// Parses a log.
-    pub fn of(log: &str) -> Self {
-        let mut told = Told::default();
+    /// Parses the log of a daemon with which the actions of the ledger were performed.
+    pub fn of(log: &str, ledger: &Ledger) -> Self {
+        let mut told = Told {
+            mute: ledger.mute.clone(),
+            ..Told::default()
+        };
         for line in log.lines() {
             let number = |key: &str| -> Option<usize> {
                 let words = line.split_whitespace();
@@ -158,7 +163,10 @@ impl Told {
     fn nobody_took_up(&self, end: Instant, fault: &Fault) -> bool {
         let from = SystemTime::now() - end.elapsed() - Duration::from_secs(10);
         let to = SystemTime::now() - fault.at.elapsed();
-        self.shut.iter().any(|at| (from..=to).contains(at))
+        let is_mute = |&(since, until): &(Instant, Instant)| {
+            since <= fault.at && end <= until + Duration::from_secs(10)
+        };
+        self.shut.iter().any(|at| (from..=to).contains(at)) || self.mute.iter().any(is_mute)
     }
 }
 
@@ -173,6 +181,8 @@ enum Kind {
     ProgramCrashed,
     /// Answered with `crashed`, because the process to which the worker had sent the call died.
     RunnerCrashed,
+    /// Answered as not begun, because the pool of an older generation has no process any more.
+    Orphaned,
     /// A command could not be started because of descriptors or memory; the answer says that it had not
     /// begun.
     Refused,
@@ -188,6 +198,14 @@ impl Kind {
             () if fault.closed => Kind::Closed,
             () if says(&["\"crashed\"", "the pool "]) => Kind::ProgramCrashed,
             () if says(&["\"crashed\"", "the worker that "]) => Kind::Crashed,
+            () if says(&[
+                "\"crashed\"",
+                "no other one serves this generation",
+                NOT_BEGUN,
+            ]) =>
+            {
+                Kind::Orphaned
+            }
             // A pool process of the program before an upgrade has no successor.
             () if says(&["\"crashed\"", "the process that ran it"])
                 || says(&["\"crashed\"", "the process of its pool has ended"]) =>
@@ -423,6 +441,13 @@ impl Ledger {
     /// Returns whether a fault is explained without a limit on the number of such faults.
     fn is_plain(&self, fault: &Fault, told: &Told) -> bool {
         match Kind::of(fault) {
+            // Calls that wait in workers of an older generation are refused when its pool process is killed.
+            Kind::Orphaned => {
+                let mut pools = self.pools.iter();
+                let mut acts = self.before(fault, LONGEST);
+                pools.any(|at| (*at..=*at + LONGEST).contains(&fault.at))
+                    && acts.any(|(_, what)| what.starts_with("good") || what == "USR2")
+            }
             Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
             // Its worker was stopped, and the master noticed it late, because the master was stopped too or executed
             // another program.
@@ -492,7 +517,7 @@ fn no_more_is_excused_than_was_done_and_told() {
     let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
     let judge = |told: &str, which: &[usize]| {
         let some: Vec<_> = which.iter().map(|&index| named[index]).collect();
-        ledger.unexplained(&some, &Told::of(told)).len()
+        ledger.unexplained(&some, &Told::of(told, &ledger)).len()
     };
     assert_eq!(judge(log, &[0, 2]), 0);
     assert_eq!(judge("", &[0, 2]), 2, "nothing was told");
@@ -511,7 +536,10 @@ fn who_came_to_a_leaving_worker_is_excused_as_often_as_it_says() {
     ledger.ends(9, End::Left, [100]);
     let faults = [fault(200, true, "ended"), fault(201, true, "ended")];
     let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
-    let told = Told::of("INFO [7 master] … pid=9 kept=0 crashed=0 reset=1");
+    let told = Told::of(
+        "INFO [7 master] … pid=9 kept=0 crashed=0 reset=1",
+        &Ledger::default(),
+    );
     assert_eq!(ledger.unexplained(&named, &told).len(), 1);
 }
 
@@ -552,7 +580,7 @@ fn what_a_keeper_says_waits_for_a_worker_that_can_take_the_connection_up() {
         let log = format!(
             "INFO [7 master] … pid=9 kept=1 crashed=1 reset=0\n{at} WARN [8 worker] {shut}"
         );
-        let told = Told::of(&log);
+        let told = Told::of(&log, &ledger);
         ledger.unexplained(&[("a client", &late)], &told).len()
     };
     let full = "no connection can be accepted: Too many open files";
