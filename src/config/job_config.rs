@@ -76,6 +76,13 @@ impl JobsConfig {
         }
     }
 
+    /// Returns the name of the engine of the store.
+    pub fn engine(&self) -> &'static str {
+        match &self.store {
+            JobStore::Sqlite(_) => "sqlite",
+        }
+    }
+
     pub(super) fn to_raw(&self) -> RawJobs {
         let rules = &self.defaults;
         RawJobs {

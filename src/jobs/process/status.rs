@@ -68,6 +68,7 @@ pub fn publish(core: &JobsCore) {
     let instance = core.instance.to_string();
     let view = StoreView {
         location: opened.map_or_else(configured, |opened| opened.facts.location.clone()),
+        engine: core.config.engine(),
         is_durable: opened.is_some_and(|opened| opened.facts.is_durable),
         state: core.store.state.name(),
         pid: Pid::current().0,
@@ -82,6 +83,7 @@ pub fn publish(core: &JobsCore) {
 #[derive(Debug)]
 struct StoreView<'a> {
     location: String,
+    engine: &'static str,
     /// False before the store was open.
     is_durable: bool,
     /// up, away, full or broken.
@@ -112,7 +114,7 @@ fn jobs_status(
     let oldest = counts.queues.iter().filter_map(|queue| queue.oldest_due_ms);
     JobsStatus {
         store: view.location,
-        engine: "sqlite".to_owned(),
+        engine: view.engine.to_owned(),
         state: view.state.to_owned(),
         durable: view.is_durable,
         pid: Some(view.pid),
@@ -134,6 +136,7 @@ mod tests {
     fn status(queues: Vec<QueueCounts>) -> JobsStatus {
         let view = StoreView {
             location: "/jobs.db".into(),
+            engine: "sqlite",
             is_durable: true,
             state: "up",
             pid: 7,

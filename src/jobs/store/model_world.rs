@@ -55,7 +55,6 @@ impl ModelEngine {
             state: Arc::default(),
             clock,
             facts: StoreFacts {
-                engine: "model",
                 location: "memory".into(),
                 schema: (1, 0),
                 is_durable: false,

@@ -216,8 +216,6 @@ pub struct StoreLimits {
 /// What is known about an open store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreFacts {
-    /// `sqlite`.
-    pub engine: &'static str,
     /// The path, without a password.
     pub location: String,
     /// Major and minor version of the schema.

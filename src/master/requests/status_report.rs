@@ -98,7 +98,7 @@ fn jobs(workers: &Children, settings: &Settings, now: Millis) -> Option<JobsStat
     });
     Some(written.unwrap_or_else(|| JobsStatus {
         store: config.path().display().to_string(),
-        engine: "sqlite".into(),
+        engine: config.engine().to_owned(),
         state: "away".into(),
         pid: latest.map(|(pid, _)| pid.0),
         ..JobsStatus::default()

@@ -137,7 +137,6 @@ pub fn open(
     let secret = meta("secret").map_err(refused)?;
     let is_full = is_full(&connection).map_err(refused)?;
     let facts = StoreFacts {
-        engine: "sqlite",
         location: path.display().to_string(),
         schema,
         is_durable: place.is_durable,
@@ -217,7 +216,6 @@ pub fn inspect(configured: &Path, is_thorough: bool) -> Result<Option<StoreFacts
         OpenError::new(&path, format!("it cannot be read ({error})"), "restore it")
     })?;
     Ok(Some(StoreFacts {
-        engine: "sqlite",
         location: path.display().to_string(),
         schema,
         is_durable: place.is_durable,
