@@ -253,9 +253,9 @@ impl<'a> Accepting<'a> {
     }
 
     /// Returns whether no further connection may be adopted. Another acceptor has counted adopted connections already,
-    /// so this limit is higher than that of `is_full`: it allows for those in transit, and for other acceptors that have
-    /// more, because `processes` was lowered. There is a limit because a hostile session can send connections that no
-    /// acceptor has accepted.
+    /// so this limit is higher than that of `is_full`: it allows for those in transit, and for other acceptors that
+    /// have more, because `processes` was lowered. There is a limit because a hostile session can send connections that
+    /// no acceptor has accepted.
     pub(super) fn is_overfull(&mut self) -> bool {
         let most = (self.isolation.processes + BATCH).max(self.most_elsewhere);
         // The number may be some milliseconds old, and count sessions that have ended since then.

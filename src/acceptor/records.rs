@@ -35,11 +35,6 @@ pub struct OwnRecords {
 }
 
 impl OwnRecords {
-    /// Counts the lines of the access log that an ended session had not written.
-    pub fn lose_lines(&self, index: usize) {
-        self.block.access.lose(self.all[index].take_lines());
-    }
-
     pub fn new(boot: &WorkerInit<'_>) -> Self {
         let range = boot.isolated.as_ref().map(|isolated| isolated.range);
         let (all, first) = range.unwrap_or((&[], 0));
@@ -62,8 +57,8 @@ impl OwnRecords {
         self.first + index
     }
 
-    /// Returns the index of the record at a place in the table of all listeners. `None` for a place before those of this
-    /// listener.
+    /// Returns the index of the record at a place in the table of all listeners. `None` for a place before those of
+    /// this listener.
     pub fn index_of(&self, place: u32) -> Option<usize> {
         (place as usize).checked_sub(self.first)
     }
@@ -194,6 +189,11 @@ impl OwnRecords {
             self.all[index].seize(self.acceptor, self.generation);
         }
         index
+    }
+
+    /// Counts the lines of the access log that an ended session had not written.
+    pub fn lose_lines(&self, index: usize) {
+        self.block.access.lose(self.all[index].take_lines());
     }
 
     /// The session with this record was reaped, or never forked.

@@ -355,9 +355,9 @@ impl SessionProcesses {
                 if has_crashed {
                     ends.crashed.push(self.records.place(index) as u32);
                 }
-                let reason = match session.is_killed {
-                    _ if has_crashed => Some(CloseReason::Crash),
-                    is_killed => is_killed.then_some(CloseReason::Stop),
+                let reason = match has_crashed {
+                    true => Some(CloseReason::Crash),
+                    false => session.is_killed.then_some(CloseReason::Stop),
                 };
                 let reason = reason.filter(|_| session.is_open);
                 ends.lost.extend(reason.map(|it| (it, child.pid)));

@@ -292,12 +292,7 @@ impl ControlConnection {
         if response.ok {
             return Ok((response, line));
         }
-        let reason = response.error;
-        let message = reason.unwrap_or_else(|| "refused without a reason".into());
-        Err(match response.code.unwrap_or(1) {
-            1 => Error::Refused(message),
-            code => Error::Daemon { code, message },
-        })
+        Err(response.into_error())
     }
 
     /// Requests the status on a second connection.

@@ -231,8 +231,9 @@ fn work_with_jobs(name: &str, command: JobCommand, mut overrides: Overrides) -> 
     }
 }
 
-/// Sets the address to the first listener of a running server: of the one with the given name; or, if no address, name
-/// or configuration is given, of the one named `own`. If that does not answer, the default listener is called.
+/// Sets the address to the first listener of a running server. If a name is given, that server is asked. If no address,
+/// name or configuration is given, the server named `own` is asked; if it does not answer, the default listener is
+/// called.
 fn find_running(target: &mut TargetArgs, own: &str) -> Result<()> {
     /// Calls must work while the master is stuck.
     const LIMIT: Duration = Duration::from_secs(1);

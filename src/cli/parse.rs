@@ -7,9 +7,9 @@ use serde_json::value::RawValue;
 
 use crate::config::server_name;
 use crate::error::{Error, Result};
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::JobState;
 use crate::protocol::control::MAX_STOP_DELAY_MS;
+use crate::protocol::job_id::JobId;
 
 /// The longest name in bytes. The path of a socket has at most 107 bytes.
 const LONGEST_NAME: usize = 40;

@@ -175,8 +175,8 @@ fn dependent(error: &Error, raw: &Raw) -> Vec<String> {
         .collect()
 }
 
-/// If `key` is one of `INDEPENDENT` or below one (`rlimits.files`), returns what to leave out: `key` if the file has it,
-/// otherwise the key of `INDEPENDENT`.
+/// If `key` is one of `INDEPENDENT` or below one (`rlimits.files`), returns what to leave out: `key` if the file has
+/// it, otherwise the key of `INDEPENDENT`.
 fn independent(key: &str, places: &SourceMap<'_>) -> Option<String> {
     INDEPENDENT.iter().find_map(|name| {
         let (table, behind) = key.rsplit_once(&format!(".{name}"))?;

@@ -19,6 +19,7 @@ use super::settings::{
 use super::source_map::join;
 use super::units::DurationValue;
 use crate::error::{Error, Result};
+use crate::protocol::call::is_reserved;
 
 type Pools = BTreeMap<String, PoolConfig>;
 
@@ -85,7 +86,7 @@ fn check_name(name: &str) -> std::result::Result<(), String> {
         ))
     } else if !name.bytes().all(good) {
         Err("a method's name is made of letters, digits and _ . - / :".to_owned())
-    } else if name.starts_with("rpc.") {
+    } else if is_reserved(name) {
         Err("names with rpc. are the protocol's own".to_owned())
     } else if name == "_OTHER" {
         Err("metrics count the calls of all other methods under that name".to_owned())

@@ -1,8 +1,8 @@
 //! The file as it is written: one field for each key. Only types are checked.
 //!
 //! Serde reads the merged tables into it, and writes it for `check`. A key that is not set is `None`, and
-//! its type in `keys` has the default and the bounds. Integers are `i64`, as in TOML, so that the error about a negative one
-//! names its range instead of a Rust type.
+//! its type in `keys` has the default and the bounds. Integers are `i64`, as in TOML, so that the error about a
+//! negative one names its range instead of a Rust type.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,7 +1,7 @@
 //! Makes [`Settings`] of the file: defaults, bounds, paths, the account, and rules for several keys.
 //!
-//! Most defaults and bounds are in the types of the keys (`keys`). Methods have a file of their own. It looks up users and reads paths, and is otherwise a function of its arguments. The first error is
-//! returned.
+//! Most defaults and bounds are in the types of the keys (`keys`). Methods have a file of their own. It looks up users
+//! and reads paths, and is otherwise a function of its arguments. The first error is returned.
 
 use std::path::Path;
 use std::time::Duration;

@@ -3,6 +3,7 @@
 //! Pure. All other keys take effect with the new generation. `listeners` of the master decides which
 //! listeners are kept, opened and closed.
 
+use super::job_config::JobsConfig;
 use super::resolve::{ROOT_WORKERS, root_warnings};
 use super::settings::Settings;
 
@@ -62,8 +63,8 @@ fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
 
 /// Returns whether stored jobs would be left behind.
 fn moves_jobs(old: &Settings, new: &Settings) -> bool {
-    let store = |settings: &Settings| settings.jobs.as_ref().map(|jobs| jobs.store.clone());
-    old.jobs.is_some() && store(old) != store(new)
+    let stays = |old: &JobsConfig| new.jobs.as_ref().is_some_and(|new| new.store == old.store);
+    old.jobs.as_ref().is_some_and(|old| !stays(old))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 
+use crate::protocol::job_id::JobId;
 use crate::protocol::program::JobMember;
 
 /// The variables of an attempt in the environment of a command.
@@ -127,20 +128,7 @@ impl JobAttempt {
 
 /// Returns the id of the job that shared memory has; `None` if it is 0.
 pub(crate) fn recorded_job(bits: u128) -> Option<String> {
-    (bits != 0).then(|| uuid(bits.to_be_bytes()))
-}
-
-/// Returns a UUID in its usual form.
-pub(crate) fn uuid(job: [u8; 16]) -> String {
-    let hex = format!("{:032x}", u128::from_be_bytes(job));
-    let parts = [
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..],
-    ];
-    parts.join("-")
+    (bits != 0).then(|| JobId(bits.to_be_bytes()).to_string())
 }
 
 #[cfg(test)]
@@ -171,13 +159,12 @@ mod tests {
     }
 
     #[test]
-    fn the_id_of_a_job_has_the_form_of_a_uuid() {
-        let mut job = [0; 16];
-        (job[0], job[15]) = (0x01, 0xFE);
-        assert_eq!(uuid(job), "01000000-0000-0000-0000-0000000000fe");
-        let attempt = JobAttempt::new(uuid(job), 1, 1);
-        assert_eq!(attempt.bits(), u128::from_be_bytes(job));
-        assert_eq!(recorded_job(attempt.bits()), Some(uuid(job)));
+    fn shared_memory_keeps_the_id_of_a_job() {
+        let mut job = JobId([0; 16]);
+        (job.0[0], job.0[15]) = (0x01, 0xFE);
+        let attempt = JobAttempt::new(job.to_string(), 1, 1);
+        assert_eq!(attempt.bits(), u128::from_be_bytes(job.0));
+        assert_eq!(recorded_job(attempt.bits()), Some(job.to_string()));
         assert_eq!(recorded_job(0), None);
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::{Context, Handler, Placement};
 use crate::protocol::code::Code;
+use crate::protocol::http::respond_async;
 use crate::protocol::rpc_error::RpcError;
 
 /// A method of durable jobs.
@@ -30,7 +31,7 @@ impl JobMethod {
     /// Returns the name.
     pub const fn name(self) -> &'static str {
         match self {
-            JobMethod::Enqueue => "rpc.job.enqueue",
+            JobMethod::Enqueue => respond_async::ENQUEUE,
             JobMethod::Get => "rpc.job.get",
             JobMethod::Wait => "rpc.job.wait",
             JobMethod::Cancel => "rpc.job.cancel",

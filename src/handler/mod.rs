@@ -298,8 +298,8 @@ impl CallState {
             .is_ok()
     }
 
-    /// Records in shared memory that it has not begun, if it waits again. Only the loop calls it, because the loop gives
-    /// calls up: then `shown` may belong to another call.
+    /// Records in shared memory that it has not begun, if it waits again. Only the loop calls it, because the loop
+    /// gives calls up: then `shown` may belong to another call.
     pub fn show_waiting(&self) {
         if let (WAITING, Some(shown)) = (self.phase.load(Ordering::Acquire), self.shown) {
             shown.store(0, Ordering::Release);

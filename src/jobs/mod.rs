@@ -8,7 +8,8 @@
 //! - [`store`]: the [`store::Engine`] that keeps the jobs. It executes a list of requests in one transaction.
 //! - [`control`]: the commands of operators. [`figures`]: counters and status.
 //! - [`process`]: the jobs process. [`open`]: the lock for a master, and the store.
-//! - [`kill_point`]: where tests can kill the jobs process. [`record`]: jobs as JSON. [`rules`]: the configuration as the other modules need it.
+//! - [`kill_point`]: where tests can kill the jobs process. [`record`]: jobs as JSON. [`rules`]: the configuration as
+//!   the other modules need it.
 //!
 //! # How the jobs process uses it
 //!

@@ -1,17 +1,17 @@
 //! Opens what the configuration names: the lock of the store for a master, and the store for the jobs process.
 //!
-//! The master passes the lock and the UUID of the instance on to its children, and to the next program at an upgrade. It
-//! never opens the store itself. Without the cargo feature of an engine, the check of the configuration has refused its
-//! store already.
+//! The master passes the lock and the UUID of the instance on to its children, and to the next program at an upgrade.
+//! It never opens the store itself. Without the cargo feature of an engine, the check of the configuration has refused
+//! its store already.
 
 use std::path::PathBuf;
 
-use super::policy::id::JobId;
 use super::store::error::OpenError;
 use super::store::request::StoreLimits;
 use super::store::{Engine, Opening};
 use crate::config::{JobStore, JobsConfig};
 use crate::error::{Error, Result};
+use crate::protocol::job_id::JobId;
 use crate::sys::account::Account;
 use crate::sys::instance_lock::{InstanceLock, LockRefusal};
 use crate::sys::process::unix_time_ms;

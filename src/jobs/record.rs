@@ -4,9 +4,9 @@
 
 use super::policy::UnixMs;
 use super::policy::enqueue::{MAX_ATTEMPTS, PRIORITIES};
-use super::policy::id::JobId;
 use super::policy::members::JsonMembers;
 use super::policy::states::{AttemptCause, EndReason, JobCounters, JobState};
+use crate::protocol::job_id::JobId;
 
 /// The id of an instance: a UUID that is new at each start.
 pub type InstanceId = JobId;
@@ -151,16 +151,8 @@ impl JobRecord {
     }
 }
 
-/// The members of an exported job that are not in a record.
-const DETAILS: [&str; 7] = [
-    "params",
-    "timeout_ms",
-    "token",
-    "trace",
-    "executor",
-    "pid",
-    "pid_start",
-];
+/// Members of an exported job that an import does not read.
+const NOT_IMPORTED: [&str; 4] = ["ended", "executor", "pid", "pid_start"];
 
 impl JobDetails {
     /// Appends the job as a JSON object: the record, and behind it what only operators see.
@@ -210,10 +202,9 @@ impl JobDetails {
             process: None,
             record,
         };
-        for name in &DETAILS[4..] {
+        for name in NOT_IMPORTED {
             members.raw(name);
         }
-        members.raw("ended");
         members.finish(&["the members of `preforkd job export`"], &[])?;
         Ok(job)
     }

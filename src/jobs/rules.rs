@@ -59,7 +59,8 @@ fn retention(rules: &JobRules) -> Retention {
     }
 }
 
-fn milliseconds(duration: Duration) -> u64 {
+/// Returns a duration in milliseconds.
+pub fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -219,6 +219,29 @@ impl Frame<'_> {
         }
     }
 
+    /// Decodes the frames in `bytes` and passes each to `handle`, up to the first incomplete one. Returns the number of
+    /// decoded bytes, and false if a frame is invalid or `handle` has returned false. `max_body` is as for
+    /// [`Self::decode`].
+    pub fn decode_each(
+        bytes: &[u8],
+        max_body: usize,
+        mut handle: impl FnMut(Frame<'_>) -> bool,
+    ) -> (usize, bool) {
+        let mut at = 0;
+        loop {
+            match Frame::decode(&bytes[at..], max_body) {
+                DecodedCallFrame::Partial => return (at, true),
+                DecodedCallFrame::Invalid => return (at, false),
+                DecodedCallFrame::Whole(frame, used) => {
+                    at += used;
+                    if !handle(frame) {
+                        return (at, false);
+                    }
+                }
+            }
+        }
+    }
+
     /// Decodes the frame at the beginning of `bytes`. `max_body` is the largest number of bytes of its params or its
     /// result.
     pub fn decode(bytes: &[u8], max_body: usize) -> DecodedCallFrame<'_> {

@@ -11,11 +11,14 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
 use super::call_frame::Frame;
+use crate::sys::event::{Interest, Reactor};
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{closer, socket};
 
 /// With more unsent bytes than this, no further call is sent.
 const CONGESTED_LEN: usize = 1024 * 1024;
+/// The largest number of reads from one link before the others get their turn.
+pub const MAX_READS: usize = 16;
 /// An empty buffer that is larger than this is freed.
 const KEPT_LEN: usize = 256 * 1024;
 
@@ -38,6 +41,8 @@ pub struct CallLink {
     sent: usize,
     received: Vec<u8>,
     is_closed: bool,
+    /// The events that it is watched for; `None` before the first `settle`.
+    interest: Option<Interest>,
 }
 
 impl CallLink {
@@ -48,6 +53,7 @@ impl CallLink {
             sent: 0,
             received: Vec::new(),
             is_closed: false,
+            interest: None,
         }
     }
 
@@ -80,6 +86,26 @@ impl CallLink {
         self.unsent.clear();
         self.unsent.shrink_to(KEPT_LEN);
         self.sent = 0;
+    }
+
+    /// Sends queued frames, and watches the link under this number for the needed events. If `stops_reading`, a
+    /// congested link is not read. Returns whether only reading is left to do.
+    pub fn settle(&mut self, watch: u16, stops_reading: bool, reactor: &mut Reactor) -> bool {
+        if self.has_unsent() {
+            self.flush();
+        }
+        let wanted = match self.has_unsent() {
+            true if stops_reading && self.is_congested() => Interest::Write,
+            true => Interest::Both,
+            false => Interest::Read,
+        };
+        if self.interest != Some(wanted) {
+            match reactor.watch(watch, &*self, wanted) {
+                Ok(()) => self.interest = Some(wanted),
+                Err(error) => log::debug!("an internal link cannot be watched: {error}"),
+            }
+        }
+        self.interest == Some(Interest::Read)
     }
 
     pub fn has_unsent(&self) -> bool {

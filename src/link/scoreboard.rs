@@ -1,8 +1,8 @@
 //! Holds the scoreboard: shared memory in which each worker records its state.
 //!
 //! The worker writes its record, after its death its keeper, and the master a few fields. The master reads it without
-//! asking, so the last state of a stuck or dead worker remains visible. Each value is a separate atomic, so a reader may see one value that is
-//! newer than another, but nothing worse.
+//! asking, so the last state of a stuck or dead worker remains visible. Each value is a separate atomic, so a reader
+//! may see one value that is newer than another, but nothing worse.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -16,7 +16,7 @@ use super::ids::Generation;
 use crate::protocol::call_id::CallId;
 use crate::sys::process::Pid;
 use crate::sys::shared_memory;
-use crate::sys::shared_memory::shared_record;
+use crate::sys::shared_memory::{load_u128, shared_record, store_u128};
 
 /// The largest number of processes at once, including those of draining generations.
 pub const RECORDS: usize = 4096;
@@ -350,9 +350,7 @@ impl WorkerRecord {
 
     /// Sets the job of the oldest call; 0 if it is no attempt.
     pub fn set_oldest_job(&self, job: u128) {
-        let [high, low] = &self.oldest_job;
-        high.store((job >> 64) as u64, Relaxed);
-        low.store(job as u64, Relaxed);
+        store_u128(&self.oldest_job, job);
     }
 
     /// Returns the method and the call that a death record names, if the process `own` of this record has died. It is
@@ -364,8 +362,7 @@ impl WorkerRecord {
                 home => home,
             };
             let call = CallId::recorded(home, self.oldest_call.load(Relaxed));
-            let [high, low] = self.oldest_job.each_ref().map(|half| half.load(Relaxed));
-            let job = u128::from(high) << 64 | u128::from(low);
+            let job = load_u128(&self.oldest_job);
             return Some(RecordedCall { method, call, job });
         }
         let method = self.last_method.load(Relaxed).checked_sub(1)?;

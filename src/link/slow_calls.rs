@@ -10,7 +10,7 @@ use std::sync::atomic::{
 };
 
 use crate::protocol::call_id::CallId;
-use crate::sys::shared_memory::{load_text, shared_record, store_text};
+use crate::sys::shared_memory::{load_text, load_u128, shared_record, store_text, store_u128};
 
 /// The number of records that a process keeps. It is also the largest number that is shown of a server.
 pub const KEPT: usize = 128;
@@ -191,8 +191,7 @@ impl SlowRing {
         entry.call.store(call.call.number, Relaxed);
         entry.home.store(call.call.pid, Relaxed);
         entry.runner.store(call.runner, Relaxed);
-        entry.trace_id[0].store((trace_id >> 64) as u64, Relaxed);
-        entry.trace_id[1].store(trace_id as u64, Relaxed);
+        store_u128(&entry.trace_id, trace_id);
         let length = store_text(&entry.method, &call.method);
         entry.method_length.store(length, Relaxed);
         entry.outcome_length.store(0, Relaxed);
@@ -293,7 +292,7 @@ impl SlowEntry {
         if number == 0 {
             return None;
         }
-        let [high, low] = [0, 1].map(|half: usize| self.trace_id[half].load(Relaxed));
+        let trace_id = load_u128(&self.trace_id);
         let length = self.outcome_length.load(Acquire);
         let outcome = (length > 0).then(|| load_text(&self.outcome, length));
         let call = SlowCall {
@@ -301,7 +300,7 @@ impl SlowEntry {
                 pid: self.home.load(Relaxed),
                 number: self.call.load(Relaxed),
             },
-            trace_id: ((high, low) != (0, 0)).then(|| format!("{high:016x}{low:016x}")),
+            trace_id: (trace_id != 0).then(|| format!("{trace_id:032x}")),
             method: load_text(&self.method, self.method_length.load(Relaxed)),
             runner: self.runner.load(Relaxed),
             at_ms: self.at_ms.load(Relaxed),

@@ -7,7 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -71,7 +71,7 @@ impl AccessFile {
     /// Writes to another file from now on, also in the processes that share this descriptor.
     ///
     /// # Errors
-    /// None known.
+    /// EBUSY while another thread opens this number.
     pub fn replace(&self, by: OwnedFd) -> io::Result<()> {
         descriptor::replace(&self.file, &by)?;
         self.is_cut.store(false, Relaxed);
@@ -174,12 +174,6 @@ impl AccessFile {
     fn is_own(&self) -> bool {
         let flags = fcntl(&self.file, FcntlArg::F_GETFL).unwrap_or(0);
         flags & libc::O_ACCMODE == libc::O_RDWR && self.is_regular()
-    }
-}
-
-impl AsFd for AccessFile {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
     }
 }
 

@@ -145,7 +145,6 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let orphans = Orphans::import(state.orphans, &workers);
     let (path, fd) = state.pid_file;
     let settings = Rc::new(setup.settings.clone());
-    let store = settings.jobs.as_ref().map(|jobs| jobs.store.clone());
     // The failure is only logged: at an upgrade a reload follows, which opens the file again. After a rollback this
     // program continues without the access log.
     let access_file = open_access_file(&settings).unwrap_or_else(|error| {
@@ -167,7 +166,11 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
         Some(instance) => Some(JobsInstance {
             id: instance.id,
             lock: InstanceLock::import(take(instance.lock)?),
-            store: store.clone(),
+            store: context
+                .settings
+                .jobs
+                .as_ref()
+                .map(|jobs| jobs.store.clone()),
             was_opened: SharedFlag::new(instance.was_opened)
                 .map_err(|error| Error::system("allocate shared memory", error))?,
         }),

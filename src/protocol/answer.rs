@@ -44,6 +44,13 @@ pub(super) fn started(out: &mut Vec<u8>, error: &RpcError, call: Option<CallId>)
     }
 }
 
+/// Returns the bare error as text, without the id of a call.
+pub fn bare_error_text(error: &RpcError) -> String {
+    let mut json = Vec::new();
+    bare_error(&mut json, error, None);
+    String::from_utf8(json).expect("an error is written as text")
+}
+
 /// Appends the bare error: the `result` of an error answer, and the whole body in HTTP's bare form.
 pub fn bare_error(out: &mut Vec<u8>, error: &RpcError, call: Option<CallId>) {
     out.extend_from_slice(b"{\"code\":");

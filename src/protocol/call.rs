@@ -18,6 +18,11 @@ use super::envelope::{CallMembers, Member, inside_quotes};
 use super::rpc_error::RpcError;
 use std::borrow::Cow;
 
+/// Returns whether a name is reserved for the methods of the server itself.
+pub fn is_reserved(name: &str) -> bool {
+    name.starts_with("rpc.")
+}
+
 /// A call, borrowed from its body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call<'a> {

@@ -12,6 +12,7 @@ pub use super::death_status::{DeathKind, DeathStatus, LastReload, ReloadStatus};
 pub use super::status_parts::{
     CommitTimes, JobsStatus, ProgramPhase, ProgramStatus, QueueStatus, SessionStatus,
 };
+use crate::error::Error;
 
 /// While this many old generations drain, a reload waits, because the workers of each use memory.
 pub const MOST_DRAINING_GENERATIONS: usize = 4;
@@ -112,6 +113,16 @@ impl ControlResponse {
             error: Some(error.into()),
             code: Some(code),
             ..ControlResponse::default()
+        }
+    }
+
+    /// Returns the error of a failure, for the command.
+    pub fn into_error(self) -> Error {
+        let message = self.error;
+        let message = message.unwrap_or_else(|| "refused without a reason".into());
+        match self.code.unwrap_or(1) {
+            1 => Error::Refused(message),
+            code => Error::Daemon { code, message },
         }
     }
 }

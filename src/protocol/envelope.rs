@@ -106,8 +106,8 @@ impl<'a> CallMembers<'a> {
     #[inline]
     pub(super) fn read(text: &'a str) -> serde_json::Result<Self> {
         let mut members = CallMembers::default();
-        // serde refuses a key with half of a surrogate pair. The slower reading of raw keys ignores it, as any other key
-        // that means nothing here.
+        // serde refuses a key with half of a surrogate pair. The slower reading of raw keys ignores it, as any other
+        // key that means nothing here.
         if members.fill::<DecodedKey>(text).is_err() {
             members = CallMembers::default();
             members.fill::<RawKey>(text)?;

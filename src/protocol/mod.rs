@@ -14,7 +14,7 @@
 //! | [`frame`] | where a frame ends |
 //! | `envelope` | the members of a call's object, and which occur twice |
 //! | [`call`] | the plain form of a call |
-//! | [`call_id`] | the id that the server gives to a call |
+//! | [`call_id`], [`job_id`] | the ids that the server gives to a call and to a job |
 //! | [`answer`] | the plain form of an answer |
 //! | [`jsonrpc`] | the JSON-RPC 2.0 form of both, and batches |
 //! | [`body`] | which form a body has |
@@ -42,6 +42,7 @@ mod envelope;
 pub mod frame;
 pub mod http;
 pub mod job_control;
+pub mod job_id;
 pub mod json;
 pub mod jsonrpc;
 pub mod line;

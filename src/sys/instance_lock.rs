@@ -16,7 +16,6 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
@@ -50,12 +49,6 @@ impl fmt::Display for LockRefusal {
 impl From<io::Error> for LockRefusal {
     fn from(error: io::Error) -> Self {
         LockRefusal::System(error)
-    }
-}
-
-impl From<Errno> for LockRefusal {
-    fn from(errno: Errno) -> Self {
-        LockRefusal::System(errno.into())
     }
 }
 
@@ -101,8 +94,8 @@ impl InstanceLock {
     /// Gives the lock file to a user, so that a server that is started by this user can open it.
     ///
     /// # Errors
-    /// EPERM, or the file may be another one: the directory can belong to that user, who could have put a hard link to a
-    /// file of root there.
+    /// EPERM, or the file may be another one: the directory can belong to that user, who could have put a hard link to
+    /// a file of root there.
     pub fn give_to(&self, uid: u32, gid: u32) -> io::Result<()> {
         let found = self.file.metadata()?;
         if (found.uid(), found.gid()) == (uid, gid) {

@@ -161,6 +161,11 @@ pub fn start_ticks(pid: Pid) -> Option<u64> {
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
+/// Returns what [`start_ticks`] returns; `None` if the process has ended, even if it is not reaped yet.
+pub fn living_since(pid: Pid) -> Option<u64> {
+    start_ticks(pid).filter(|_| !is_zombie(pid))
+}
+
 /// Returns the value of an environment variable with which a process was started. Returns `None` also if the
 /// environment cannot be read (another user's process), or if the variable is beyond [`bounded::ENVIRONMENT`]. It may
 /// block for as long as the owner of the process wants.

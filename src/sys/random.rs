@@ -2,8 +2,8 @@
 //!
 //! A generator that was seeded before a fork gives the same numbers in each child, and so does std's
 //! `RandomState`. So a sequence is seeded in the process that uses it. Its numbers are for ids, not for
-//! secrets: from one of them the others can be computed. [`random_bytes`] are for secrets too. Fails only on a kernel without
-//! getrandom(2), or if a sandbox forbids it.
+//! secrets: from one of them the others can be computed. [`random_bytes`] are for secrets too. Fails only on a kernel
+//! without getrandom(2), or if a sandbox forbids it.
 
 #![allow(unsafe_code)]
 

@@ -228,6 +228,19 @@ impl<T: SharedRecord> Drop for OwnedArray<T> {
     }
 }
 
+/// Stores a number as two halves, the high one first.
+#[inline]
+pub fn store_u128([high, low]: &[AtomicU64; 2], number: u128) {
+    high.store((number >> 64) as u64, Relaxed);
+    low.store(number as u64, Relaxed);
+}
+
+/// Returns the number that [`store_u128`] has stored.
+#[inline]
+pub fn load_u128([high, low]: &[AtomicU64; 2]) -> u128 {
+    u128::from(high.load(Relaxed)) << 64 | u128::from(low.load(Relaxed))
+}
+
 /// Writes as much of a text as the words have room for. Returns the number of bytes written.
 pub fn store_text(words: &[AtomicU64], text: &str) -> u32 {
     let mut end = text.len().min(size_of_val(words));

@@ -406,8 +406,8 @@ pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, V
             other => other?,
         };
         let mut received = Vec::new();
-        // If there was no room for its descriptors, the packet arrives without them. It still has a length, so callers do
-        // not take it for the end.
+        // If there was no room for its descriptors, the packet arrives without them. It still has a length, so callers
+        // do not take it for the end.
         for control in message.cmsgs().into_iter().flatten() {
             if let ControlMessageOwned::ScmRights(descriptors) = control {
                 received.extend(descriptors.into_iter().map(|descriptor| {

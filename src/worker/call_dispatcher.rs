@@ -148,8 +148,8 @@ impl CallDispatcher {
     ) {
         self.counts.count_body(Form::JsonRpc);
         let whole = self.reserve_answer(connection, wrap, Form::JsonRpc, None);
-        // The journal cannot record an answer of many parts. Mark it only now that its answer is reserved: while nothing
-        // is unanswered, the mark is removed.
+        // The journal cannot record an answer of many parts. Mark it only now that its answer is reserved: while
+        // nothing is unanswered, the mark is removed.
         self.journal.mark_unlogged(connection);
         let batch = connection.begin_batch(whole, members.len());
         let taken = self.take_members(connection, batch, text, members.iter().copied());

@@ -190,7 +190,7 @@ impl Forwarding {
                 let epoch = peer.record.capacity_epoch.load(Relaxed);
                 peer.is_with(generation)
                     && !peer.link.is_congested()
-                    && (takes_jobs || !peer.is_jobs_process())
+                    && (takes_jobs || !peer.is_jobs_process)
                     && peer.record.waiting[place(peer.lane_there(lane))].load(Relaxed) > 0
                     && (!is_repeated || peer.offered_at != epoch.wrapping_add(1))
             })
@@ -303,13 +303,13 @@ impl Forwarding {
     pub fn add_pool(&mut self, ends: PoolLink, fd: OwnedFd) -> Option<usize> {
         let lane = self.pools.jobs.of_order(ends.lane)?;
         let link = self.add(ends.record.into(), fd, Some((lane, ends.generation.0)))?;
-        self.peers[link].is_jobs = ends.lane == JOBS_LANE;
+        self.peers[link].is_jobs_process = ends.lane == JOBS_LANE;
         Some(link)
     }
 
     /// Returns whether a process has a link to this pool process, apart from the jobs process.
     pub fn has_users(&self) -> bool {
-        (self.peers.iter()).any(|(_, peer)| !peer.is_jobs_process())
+        (self.peers.iter()).any(|(_, peer)| !peer.is_jobs_process)
     }
 
     /// In a pool process, adds a link to a session, which the master has made. It replaces links to that session that
@@ -391,9 +391,9 @@ impl Forwarding {
         })
     }
 
-    pub fn answer(&mut self, link: usize, answer: &AnswerFrame<'_>) {
+    pub fn answer(&mut self, link: usize, answer: AnswerFrame<'_>) {
         if let Some(peer) = self.peers.get_mut(link) {
-            peer.answer(answer);
+            peer.answer(self.own_pid, answer);
         }
     }
 

@@ -106,7 +106,7 @@ pub fn answer_waits(service: &mut CallDispatcher) {
 /// ended, and the ends of the attempts must be stored.
 pub fn find_jobs_process(service: &mut CallDispatcher) {
     let mut peers = service.forwarding.peers.iter();
-    let has_jobs_process = peers.any(|(_, peer)| peer.is_jobs_process());
+    let has_jobs_process = peers.any(|(_, peer)| peer.is_jobs_process);
     if service.attempts.count() > 0 && !has_jobs_process {
         let is_jobs = |record: &WorkerRecord| record.lane.load(Relaxed) == JOBS_LANE;
         (service.forwarding).want_links(service.now_ms, is_jobs);

@@ -11,6 +11,7 @@ use crate::handler::job_methods::JobMethod;
 use crate::link::message;
 use crate::link::scoreboard;
 use crate::protocol::http::respond_async;
+use crate::protocol::job_id::JobId;
 use crate::sys::process::unix_time_ms;
 use crate::sys::random::random_bytes;
 
@@ -173,20 +174,8 @@ impl JobsLane {
 /// Makes the id of a new job, a UUID of version 7. Returns `None` if there are no random bits: then the jobs process
 /// makes one.
 fn make_id() -> Option<Box<str>> {
-    let random: [u8; 10] = random_bytes().ok()?;
-    let mut bytes = [0; 16];
-    bytes[..6].copy_from_slice(&unix_time_ms().to_be_bytes()[2..]);
-    bytes[6..].copy_from_slice(&random);
-    bytes[6] = bytes[6] & 0x0f | 0x70;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let mut text = String::with_capacity(36);
-    for (at, byte) in bytes.iter().enumerate() {
-        if [4, 6, 8, 10].contains(&at) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    Some(text.into())
+    let id = JobId::at(unix_time_ms(), random_bytes().ok()?);
+    Some(id.to_string().into())
 }
 
 /// Returns the id of the job that these params of an enqueue store, if they store exactly one job.

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::jobs_lane::JobsLane;
-use super::timers::CallKey;
+use super::timers::{CallKey, millis};
 use crate::handler::call_state::HandlerCall;
 use crate::handler::pool::Stage;
 use crate::handler::pool::pool_table::MethodNumbers;
@@ -15,8 +15,7 @@ use crate::link::call_link::CallLink;
 use crate::link::ids::Generation;
 use crate::link::scoreboard::{LANES, RECORDS, WorkerRecord};
 use crate::protocol::call_id::{CallId, CallRunner};
-use crate::sys::event::{Interest, Reactor};
-use crate::sys::process::Pid;
+use crate::sys::event::Reactor;
 use crate::throttle::limiter::Limiter;
 
 /// After this number of unused records in a row, no further process is expected.
@@ -44,8 +43,9 @@ pub struct Peer {
     /// If one of the two processes is a pool process: the lane of its pool in the other process. If one is the jobs
     /// process: the lane of jobs. 0 if both are workers.
     pub lane: usize,
-    /// Whether it is a jobs process.
-    pub is_jobs: bool,
+    /// Whether the master has linked it as a jobs process. Its record says that too, but later, and a session can write
+    /// its own record.
+    pub is_jobs_process: bool,
     /// In a pool process, the generation of the worker.
     pub generation: u32,
     pub link: CallLink,
@@ -59,7 +59,6 @@ pub struct Peer {
     pub sent_since: u32,
     /// Its epoch plus one at the last offer to it.
     pub offered_at: u32,
-    pub interest: Option<Interest>,
     /// Until when its offers for short calls are ignored, because it has returned one.
     pub no_short_until_ms: u64,
     /// Whether the other process begins no further call.
@@ -124,7 +123,7 @@ impl Peer {
             record,
             record_index,
             lane,
-            is_jobs: false,
+            is_jobs_process: false,
             generation,
             link: CallLink::new(link),
             sent: HashMap::new(),
@@ -132,7 +131,6 @@ impl Peer {
             epoch: record.capacity_epoch.load(Relaxed),
             sent_since: 0,
             offered_at: 0,
-            interest: None,
             no_short_until_ms: 0,
             is_leaving: false,
             is_replaced: false,
@@ -155,7 +153,7 @@ impl Peer {
             id: CallId { pid, number },
             method,
             key: call.state.key(),
-            deadline_ms: u64::try_from(call.deadline.as_millis()).unwrap_or(u64::MAX),
+            deadline_ms: millis(call.deadline),
             origin,
             client_id: client_id.map(Into::into),
             peer: call.peer,
@@ -170,22 +168,15 @@ impl Peer {
         is_queued
     }
 
-    /// Queues the answer to one of its calls, if that was not answered yet.
-    pub fn answer(&mut self, answer: &AnswerFrame<'_>) {
+    /// Queues the answer to one of its calls, if that was not answered yet. `pid` is that of this process.
+    pub fn answer(&mut self, pid: i32, answer: AnswerFrame<'_>) {
         if self.running.remove(&answer.id).is_some() {
-            self.link.queue(&Frame::Answer(AnswerFrame {
-                id: answer.id,
-                took_us: answer.took_us,
-                runner: CallRunner {
-                    process: Pid::current().0,
-                    ..answer.runner
-                },
-                name: answer.name.as_deref().map(Into::into),
-                outcome: match &answer.outcome {
-                    Ok(result) => Ok(result.as_ref().into()),
-                    Err(error) => Err(std::borrow::Cow::Borrowed(error.as_ref())),
-                },
-            }));
+            let runner = CallRunner {
+                process: pid,
+                ..answer.runner
+            };
+            self.link
+                .queue(&Frame::Answer(AnswerFrame { runner, ..answer }));
         }
     }
 
@@ -209,34 +200,15 @@ impl Peer {
 
     /// Sends queued frames, and watches the link under this number for the needed events.
     pub fn settle(&mut self, watch: u16, reactor: &mut Reactor) {
-        if self.link.has_unsent() {
-            self.link.flush();
-        }
         // A session that does not read is not read either. For workers this rule would be wrong: two of them could wait
         // for each other.
-        let is_stopped = self.is_session() && self.link.is_congested();
-        let wanted = match self.link.has_unsent() {
-            true if is_stopped => Interest::Write,
-            true => Interest::Both,
-            false => Interest::Read,
-        };
-        if self.interest != Some(wanted) {
-            match reactor.watch(watch, &self.link, wanted) {
-                Ok(()) => self.interest = Some(wanted),
-                Err(error) => log::debug!("a link to a worker cannot be watched: {error}"),
-            }
-        }
+        let stops_reading = self.is_session();
+        self.link.settle(watch, stops_reading, reactor);
     }
 
     /// Returns whether it is a session.
     pub fn is_session(&self) -> bool {
         self.record_index >= RECORDS
-    }
-
-    /// Returns whether the master has linked it as a jobs process. Its record says that too, but later, and a session can
-    /// write its own record.
-    pub fn is_jobs_process(&self) -> bool {
-        self.is_jobs
     }
 
     /// Returns whether the other process runs calls of this lane.
@@ -252,9 +224,8 @@ impl Peer {
     pub fn lane_there(&self, own: usize) -> usize {
         match self.lane {
             // A jobs process numbers the lanes of its generation as its executors do.
-            _ if self.is_jobs_process() => own,
-            0 => own,
-            lane => lane,
+            lane if lane > 0 && !self.is_jobs_process => lane,
+            _ => own,
         }
     }
 

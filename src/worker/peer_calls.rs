@@ -211,7 +211,7 @@ pub fn answer(
     if let Some(link) = ended.token.process() {
         service.forwarding.answer(
             link,
-            &AnswerFrame {
+            AnswerFrame {
                 id: ended.number,
                 took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
                 runner,

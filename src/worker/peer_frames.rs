@@ -15,7 +15,8 @@ use super::peer_calls::{SendOutcome, lanes_to_send, send_next, sendable};
 use super::remote_calls;
 use super::threads::Done;
 use super::timers::{TimerTarget, millis};
-use crate::link::call_frame::{AnswerFrame, CallFrame, DecodedCallFrame, Frame};
+use crate::link::call_frame::{AnswerFrame, CallFrame, Frame};
+use crate::link::call_link::MAX_READS;
 use crate::protocol::answer::check_forwarded;
 use crate::protocol::body::Form;
 use crate::protocol::call_id::CallRunner;
@@ -29,8 +30,6 @@ use crate::throttle::limiter::SharedLimiter;
 /// milliseconds.
 const NO_SHORT_MS: u64 = 100;
 static INVALID_FRAMES: SharedLimiter = SharedLimiter::new();
-/// The largest number of reads from one link before the others get their turn.
-const MAX_READS: usize = 16;
 
 /// Reads from the link to another worker. Answers to calls of this worker are added to
 /// `CallDispatcher::answered_elsewhere`. Returns false if the link has ended; then call `end`.
@@ -58,25 +57,16 @@ fn read_frames(service: &mut CallDispatcher, link: usize, is_serving: bool) -> b
     let Some(peer) = service.forwarding.peers.get_mut(link) else {
         return false;
     };
-    let (received, mut at) = (peer.link.take_received(), 0);
-    let is_understood = loop {
-        match Frame::decode(&received[at..], service.limits.frame) {
-            DecodedCallFrame::Partial => break true,
-            DecodedCallFrame::Invalid => break false,
-            DecodedCallFrame::Whole(frame, used) => {
-                at += used;
-                if !read_frame(service, link, frame, is_serving) {
-                    break false;
-                }
-            }
-        }
-    };
+    let (received, limit) = (peer.link.take_received(), service.limits.frame);
+    let (used, is_understood) = Frame::decode_each(&received, limit, |frame| {
+        read_frame(service, link, frame, is_serving)
+    });
     if !is_understood {
         let text = "another worker sent an invalid frame over an internal link: the link is closed";
         INVALID_FRAMES.log(log::Level::Warn, text.to_owned());
     }
     if let Some(peer) = service.forwarding.peers.get_mut(link) {
-        peer.link.put_back(received, at);
+        peer.link.put_back(received, used);
     }
     is_understood
 }

@@ -31,7 +31,8 @@ impl Shares {
     }
 
     /// Returns the connections that must make room, in this order, if this one needs `amount` more and nothing is
-    /// left. They belong to sources with more, those with the most first, and then to the own source. If there are none, the caller must refuse the connection itself.
+    /// left. They belong to sources with more, those with the most first, and then to the own source. If there are
+    /// none, the caller must refuse the connection itself.
     pub fn victims(
         &self,
         (source, token): (Source, Token),

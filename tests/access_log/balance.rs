@@ -8,7 +8,6 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -225,7 +224,10 @@ fn lines_of_a_killed_process_of_a_connection_are_counted() {
         }
         drop(load.stop());
     }
-    crate::support::pass(Duration::from_millis(100));
+    wait_for("the lines of all calls", PATIENCE, || {
+        let (written, lost) = (super::written(&daemon), super::lost(&daemon));
+        (written + lost).abs_diff(calls(&daemon)) <= 10 * 64
+    });
     let (written, lost) = (super::written(&daemon), super::lost(&daemon));
     let all = calls(&daemon);
     println!("{all} calls, {written} lines, {lost} lost");

@@ -196,14 +196,11 @@ command = ["python3", "program.py"]
 processes = 1
 directory = "."
 "#;
-    let helper = crate::support::source().join("examples/python/preforkd.py");
     let daemon = Daemon::builder()
         .config(config)
-        .file(
-            "program.py",
+        .python_program(
             "from preforkd import method, serve\n@method\ndef word():\n    return 1\nserve()\n",
         )
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
         .start();
     let answer = daemon.client().call(&json!({"in": "word"}));
     assert_eq!(answer["result"], 1, "{answer}");

@@ -1,13 +1,15 @@
 //! Tests the attempts of jobs: by commands, pool programs and functions, their retries, and what happens when a
 //! process dies or drains.
 
+use std::time::Duration;
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::jobs_process;
+use super::{enqueue_job, jobs_process};
 use crate::support::installed::{Installed, upgrade};
-use crate::support::{Builder, Client, Daemon, PATIENCE, example, process, source, wait_for};
+use crate::support::{Builder, Client, Daemon, PATIENCE, example, process, wait_for};
 
 /// The programs of the methods write a line for each attempt into the file `attempts`.
 const CONFIG: &str = r#"
@@ -60,19 +62,9 @@ serve()
 "#;
 
 fn with_pool() -> Builder {
-    let helper = source().join("examples/python/preforkd.py");
     Daemon::builder()
         .config(&format!("{CONFIG}{POOL}"))
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
-}
-
-/// Enqueues a job and returns its id.
-#[track_caller]
-fn enqueue(client: &mut Client, job: &Value) -> String {
-    let answer = client.call(&json!({"in": "rpc.job.enqueue", "params": job}));
-    let id = answer["result"]["job"].as_str();
-    id.unwrap_or_else(|| panic!("{answer}")).to_owned()
+        .python_program(PROGRAM)
 }
 
 fn record(client: &mut Client, id: &str) -> Value {
@@ -109,6 +101,17 @@ fn wait_ended(client: &mut Client, id: &str) -> Value {
     last
 }
 
+/// Waits until a job has ended, with a new connection for each question, because the job ends workers.
+#[track_caller]
+fn wait_ended_anew(daemon: &Daemon, id: &str, deadline: Duration) -> Value {
+    let mut last = Value::Null;
+    wait_for("the end of the job", deadline, || {
+        last = record(&mut daemon.client(), id);
+        last["ended"] == true
+    });
+    last
+}
+
 /// Returns the lines that programs have written, once there are `count`.
 #[track_caller]
 fn attempts(daemon: &Daemon, count: usize) -> Vec<String> {
@@ -129,7 +132,7 @@ fn kill_with(pid: i32, signal: Signal) {
 fn a_command_gets_the_id_of_its_job_and_the_number_of_the_attempt() {
     let daemon = Daemon::builder().config(CONFIG).start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "show"}));
+    let id = enqueue_job(&mut client, &json!({"method": "show"}));
     let ended = wait_ended(&mut client, &id);
     assert_eq!(ended["state"], "done");
     assert_eq!(ended["result"], format!("{id} 1"));
@@ -142,7 +145,7 @@ fn a_pool_program_gets_the_job_in_its_frame() {
     let daemon = with_pool().start();
     let mut client = daemon.client();
     let job = json!({"method": "pooled", "max_attempts": 1});
-    let id = enqueue(&mut client, &job);
+    let id = enqueue_job(&mut client, &job);
     let ended = wait_ended(&mut client, &id);
     assert_eq!(ended["result"], json!([id, 1, 1, true]), "{ended}");
     let call = client.call(&json!({"in": "pooled", "params": []}));
@@ -153,14 +156,14 @@ fn a_pool_program_gets_the_job_in_its_frame() {
 fn a_failed_attempt_is_repeated_until_the_last_one() {
     let daemon = Daemon::builder().config(CONFIG).start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "second"}));
+    let id = enqueue_job(&mut client, &json!({"method": "second"}));
     let ended = wait_ended(&mut client, &id);
     assert_eq!(
         (&ended["result"], &ended["attempt"]),
         (&json!("done"), &json!(2))
     );
     let job = json!({"method": "fail", "max_attempts": 3});
-    let id = enqueue(&mut client, &job);
+    let id = enqueue_job(&mut client, &job);
     let ended = wait_ended(&mut client, &id);
     assert_eq!(ended["state"], "dead");
     assert_eq!(
@@ -177,7 +180,7 @@ fn an_attempt_is_killed_at_its_timeout() {
     let daemon = Daemon::builder().config(CONFIG).start();
     let mut client = daemon.client();
     let job = json!({"method": "nap", "timeout_ms": 200, "max_attempts": 1});
-    let id = enqueue(&mut client, &job);
+    let id = enqueue_job(&mut client, &job);
     let ended = wait_ended(&mut client, &id);
     assert_eq!(ended["state"], "dead");
     assert_eq!(ended["error"]["code"], -32001, "{ended}");
@@ -189,7 +192,7 @@ fn an_attempt_is_killed_at_its_timeout() {
 fn a_cancel_ends_a_running_attempt() {
     let daemon = Daemon::builder().config(CONFIG).start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "nap"}));
+    let id = enqueue_job(&mut client, &json!({"method": "nap"}));
     let pid: i32 = attempts(&daemon, 1)[0].parse().unwrap();
     assert_eq!(record(&mut client, &id)["state"], "running");
     let cancel = json!({"in": "rpc.job.cancel", "params": {"job": id}});
@@ -206,7 +209,7 @@ fn an_attempt_whose_worker_is_killed_begins_again_at_once() {
         .expect_log("ended by SIGKILL")
         .start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "nap"}));
+    let id = enqueue_job(&mut client, &json!({"method": "nap"}));
     let pid: i32 = attempts(&daemon, 1)[0].parse().unwrap();
     kill_with(process::parent(pid).unwrap(), Signal::SIGKILL);
     let pids = attempts(&daemon, 2);
@@ -233,15 +236,11 @@ fn a_job_that_crashes_its_worker_is_dead_after_max_crashes() {
         .start();
     let mut client = daemon.client();
     // A function runs as a job too, also an inline one.
-    let id = enqueue(&mut client, &json!({"method": "block", "params": 0}));
+    let id = enqueue_job(&mut client, &json!({"method": "block", "params": 0}));
     assert_eq!(wait_ended(&mut client, &id)["result"], 0);
     let job = json!({"method": "crash", "params": "abort"});
     let id = enqueue_deadly(&daemon, &job);
-    let mut last = Value::Null;
-    wait_for("the end of the job", PATIENCE, || {
-        last = record(&mut daemon.client(), &id);
-        last["ended"] == true
-    });
+    let last = wait_ended_anew(&daemon, &id, PATIENCE);
     assert_eq!(
         (&last["state"], &last["reason"]),
         (&json!("dead"), &json!("crashes"))
@@ -262,11 +261,7 @@ fn a_job_that_exits_its_worker_is_dead_after_max_crashes() {
         .start();
     let job = json!({"method": "exit", "params": [0, 0]});
     let id = enqueue_deadly(&daemon, &job);
-    let mut last = Value::Null;
-    wait_for("the end of the job", PATIENCE, || {
-        last = record(&mut daemon.client(), &id);
-        last["ended"] == true
-    });
+    let last = wait_ended_anew(&daemon, &id, PATIENCE);
     assert_eq!(
         (&last["state"], &last["reason"], &last["crashes"]),
         (&json!("dead"), &json!("crashes"), &json!(2))
@@ -277,13 +272,13 @@ fn a_job_that_exits_its_worker_is_dead_after_max_crashes() {
 fn a_job_that_crashes_its_program_is_dead_after_max_crashes() {
     let daemon = with_pool().expect_log("was ended by SIGABRT").start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "die"}));
+    let id = enqueue_job(&mut client, &json!({"method": "die"}));
     let ended = wait_ended(&mut client, &id);
     assert_eq!(
         (&ended["reason"], &ended["crashes"]),
         (&json!("crashes"), &json!(2))
     );
-    let id = enqueue(&mut client, &json!({"method": "pooled"}));
+    let id = enqueue_job(&mut client, &json!({"method": "pooled"}));
     assert_eq!(wait_ended(&mut client, &id)["state"], "done");
 }
 
@@ -292,8 +287,8 @@ fn a_reload_lets_attempts_end_and_interrupts_those_that_take_too_long() {
     let config = CONFIG.replace("max-crashes = 2", "max-crashes = 2\ndrain-timeout = \"2s\"");
     let daemon = Daemon::builder().config(&config).start();
     let mut client = daemon.client();
-    let short = enqueue(&mut client, &json!({"method": "short"}));
-    let nap = enqueue(&mut client, &json!({"method": "nap"}));
+    let short = enqueue_job(&mut client, &json!({"method": "short"}));
+    let nap = enqueue_job(&mut client, &json!({"method": "nap"}));
     attempts(&daemon, 2);
     daemon.reload();
     let mut client = daemon.client();
@@ -325,15 +320,11 @@ fn an_outcome_is_kept_while_the_jobs_process_is_replaced() {
         .expect_log("ended by SIGKILL")
         .start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "short"}));
+    let id = enqueue_job(&mut client, &json!({"method": "short"}));
     attempts(&daemon, 1);
     let before = jobs_process(&daemon);
     kill_with(before, Signal::SIGKILL);
-    let mut ended = Value::Null;
-    wait_for("the end of the job", PATIENCE, || {
-        ended = record(&mut client, &id);
-        ended["ended"] == true
-    });
+    let ended = wait_ended(&mut client, &id);
     assert_eq!(
         (&ended["result"], &ended["attempt"]),
         (&json!("done"), &json!(1))
@@ -349,7 +340,7 @@ fn attempts_of_a_worker_are_limited_by_concurrency() {
         .replace("concurrency = 2", "concurrency = 1");
     let daemon = Daemon::builder().config(&config).start();
     let mut client = daemon.client();
-    let [one, two] = [(); 2].map(|()| enqueue(&mut client, &json!({"method": "nap"})));
+    let [one, two] = [(); 2].map(|()| enqueue_job(&mut client, &json!({"method": "nap"})));
     attempts(&daemon, 1);
     // A call still gets the other thread.
     assert_eq!(client.call(&json!({"in": "show"}))["result"], " ");
@@ -365,7 +356,7 @@ fn attempts_of_a_worker_are_limited_by_concurrency() {
 fn a_stop_interrupts_attempts_and_the_next_start_runs_them_again() {
     let config = CONFIG.replace("max-crashes = 2", "max-crashes = 2\ndrain-timeout = \"1s\"");
     let mut daemon = Daemon::builder().config(&config).start();
-    let id = enqueue(&mut daemon.client(), &json!({"method": "nap"}));
+    let id = enqueue_job(&mut daemon.client(), &json!({"method": "nap"}));
     let pid: i32 = attempts(&daemon, 1)[0].parse().unwrap();
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait_exit().success());
@@ -430,17 +421,13 @@ fn a_job_is_not_blamed_for_the_crash_of_a_call() {
     let daemon = misbehaving("").expect_log("ended by SIGABRT").start();
     let mut client = daemon.client();
     let job = json!({"method": "wait", "params": 1000});
-    let id = enqueue(&mut client, &job);
+    let id = enqueue_job(&mut client, &job);
     wait_for("the attempt", PATIENCE, || {
         record(&mut client, &id)["state"] == "running"
     });
     daemon.wait_running(1);
     client.send(&json!({"in": "crash", "params": "abort"}).to_string());
-    let mut last = Value::Null;
-    wait_for("the end of the job", PATIENCE, || {
-        last = record(&mut daemon.client(), &id);
-        last["ended"] == true
-    });
+    let last = wait_ended_anew(&daemon, &id, PATIENCE);
     assert_eq!(
         (&last["result"], &last["attempt"]),
         (&json!(1000), &json!(1))
@@ -456,12 +443,8 @@ fn a_worker_is_replaced_if_an_attempt_ignores_its_timeout() {
     let daemon = misbehaving("").start();
     let worker = daemon.ready_workers()[0];
     let job = json!({"method": "hang", "timeout_ms": 100, "max_attempts": 1});
-    let id = enqueue(&mut daemon.client(), &job);
-    let mut last = Value::Null;
-    wait_for("the end of the job", 2 * PATIENCE, || {
-        last = record(&mut daemon.client(), &id);
-        last["ended"] == true
-    });
+    let id = enqueue_job(&mut daemon.client(), &job);
+    let last = wait_ended_anew(&daemon, &id, 2 * PATIENCE);
     assert_eq!(
         (&last["state"], &last["attempt"]),
         (&json!("dead"), &json!(1))
@@ -481,7 +464,7 @@ fn an_attempt_may_drain_longer_than_calls() {
         )
         .replace("sleep 1;", "sleep 4;");
     let daemon = Daemon::builder().config(&config).start();
-    let id = enqueue(&mut daemon.client(), &json!({"method": "short"}));
+    let id = enqueue_job(&mut daemon.client(), &json!({"method": "short"}));
     attempts(&daemon, 1);
     // The connection of this client has no call, and is handed over.
     let mut client = daemon.client();
@@ -501,12 +484,12 @@ fn attempts_take_the_concurrency_of_their_method() {
         .replace("[methods.nap]", "[methods.nap]\nconcurrency = 1");
     let daemon = Daemon::builder().config(&config).start();
     let mut client = daemon.client();
-    let [one, two] = [(); 2].map(|()| enqueue(&mut client, &json!({"method": "nap"})));
+    let [one, two] = [(); 2].map(|()| enqueue_job(&mut client, &json!({"method": "nap"})));
     attempts(&daemon, 1);
     let call = client.call(&json!({"in": "nap"}));
     assert_eq!(call["result"]["name"], "overloaded", "{call}");
     // Another queue does not wait for it.
-    let id = enqueue(&mut client, &json!({"method": "show"}));
+    let id = enqueue_job(&mut client, &json!({"method": "show"}));
     assert_eq!(wait_ended(&mut client, &id)["state"], "done");
     assert_eq!(record(&mut client, &two)["state"], "waiting");
     for job in [one, two] {
@@ -517,7 +500,6 @@ fn attempts_take_the_concurrency_of_their_method() {
 
 #[test]
 fn a_pool_process_that_stays_at_a_reload_runs_jobs_of_both_generations() {
-    let helper = source().join("examples/python/preforkd.py");
     let program = format!(
         "{}\n",
         PROGRAM.replace(
@@ -529,18 +511,17 @@ fn a_pool_process_that_stays_at_a_reload_runs_jobs_of_both_generations() {
     let pool = POOL.replace("processes = 1", "processes = 2\nreload = \"keep\"");
     let daemon = Daemon::builder()
         .config(&format!("{CONFIG}{pool}[methods.slow]\npool = \"p\"\n"))
-        .file("program.py", &program)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(&program)
         .start();
     let mut client = daemon.client();
-    let slow = enqueue(&mut client, &json!({"method": "slow"}));
+    let slow = enqueue_job(&mut client, &json!({"method": "slow"}));
     attempts(&daemon, 1);
     let pool = daemon.pool();
     daemon.reload();
     assert_eq!(daemon.pool(), pool);
     let mut client = daemon.client();
     let job = json!({"method": "pooled", "max_attempts": 1});
-    let id = enqueue(&mut client, &job);
+    let id = enqueue_job(&mut client, &job);
     let ended = wait_ended(&mut client, &id);
     assert_eq!(ended["result"], json!([id, 1, 1, true]), "{ended}");
     let ended = wait_ended(&mut client, &slow);
@@ -557,7 +538,7 @@ fn an_attempt_continues_across_an_upgrade() {
     let config = CONFIG.replace("sleep 1;", "sleep 3;");
     let daemon = installed.daemon(&config).start();
     let mut client = daemon.client();
-    let id = enqueue(&mut client, &json!({"method": "short"}));
+    let id = enqueue_job(&mut client, &json!({"method": "short"}));
     attempts(&daemon, 1);
     installed.renew();
     upgrade(&daemon);
@@ -568,6 +549,6 @@ fn an_attempt_continues_across_an_upgrade() {
         (&json!("done"), &json!(1))
     );
     assert_eq!(attempts(&daemon, 1).len(), 1, "it ran once");
-    let id = enqueue(&mut client, &json!({"method": "show"}));
+    let id = enqueue_job(&mut client, &json!({"method": "show"}));
     assert_eq!(wait_ended(&mut client, &id)["state"], "done");
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{result, with_jobs};
-use crate::support::{Builder, Client, Daemon, PATIENCE, process, source, wait_for};
+use super::{enqueue_job, wait_job, with_jobs};
+use crate::support::{Builder, Client, Daemon, PATIENCE, process, wait_for};
 
 /// One program runs three calls at once.
 const PARALLEL: &str = r#"
@@ -47,27 +47,12 @@ serve()
 "#;
 
 fn parallel(more: &str) -> Builder {
-    let helper = fs::read_to_string(source().join("examples/python/preforkd.py")).unwrap();
-    with_jobs(&format!("{PARALLEL}{more}"))
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &helper)
+    with_jobs(&format!("{PARALLEL}{more}")).python_program(PROGRAM)
 }
 
 #[track_caller]
 fn enqueue(client: &mut Client, method: &str) -> String {
-    let stored = result(client, "rpc.job.enqueue", &json!({"method": method}));
-    stored["job"].as_str().unwrap().to_owned()
-}
-
-#[track_caller]
-fn wait_ended(client: &mut Client, job: &str) -> Value {
-    let mut record = Value::Null;
-    wait_for("the end of a job", PATIENCE, || {
-        let wait = json!({"job": job, "timeout_ms": 1_000});
-        record = result(client, "rpc.job.wait", &wait);
-        record["ended"] == true
-    });
-    record
+    enqueue_job(client, &json!({"method": method}))
 }
 
 /// Waits until `count` lines are in the file that programs write. Returns the words of each line.
@@ -100,7 +85,7 @@ fn a_program_runs_several_attempts_at_once_and_each_knows_its_job() {
     });
     daemon.dir().write("go", "");
     for job in &jobs {
-        let record = wait_ended(&mut client, job);
+        let record = wait_job(&mut client, job);
         assert_eq!(record["result"], json!([job, 1, null]), "{record}");
     }
     assert_eq!(begun(&daemon, 5).len(), 5);
@@ -116,7 +101,7 @@ fn a_program_that_dies_blames_no_job_of_several() {
     begun(&daemon, 2);
     // It is known only that one of the three has ended the program, so the crash counts for each.
     let killer = enqueue(&mut client, "die");
-    let dead = wait_ended(&mut client, &killer);
+    let dead = wait_job(&mut client, &killer);
     assert_eq!(
         (&dead["reason"], &dead["cause"], &dead["crashes"]),
         (&json!("crashes"), &json!("unclear"), &json!(1)),
@@ -125,7 +110,7 @@ fn a_program_that_dies_blames_no_job_of_several() {
     begun(&daemon, 4);
     daemon.dir().write("go", "");
     for job in &jobs {
-        let record = wait_ended(&mut client, job);
+        let record = wait_job(&mut client, job);
         assert_eq!(
             (&record["state"], &record["attempt"], &record["crashes"]),
             (&json!("done"), &json!(2), &json!(1)),
@@ -154,7 +139,7 @@ output = "json"
         let call = json!({"in": "rpc.job.enqueue", "params": {"method": method}, "traceparent": parent,
             "tracestate": "a=1"});
         let stored = client.call(&call)["result"].take();
-        let record = wait_ended(&mut client, stored["job"].as_str().unwrap());
+        let record = wait_job(&mut client, stored["job"].as_str().unwrap());
         let got = match method {
             // The first attempt has failed. So the context is that of the enqueue and of no earlier attempt.
             "command" => {
@@ -207,6 +192,6 @@ directory = "."
     assert_eq!(begun(&daemon, 2).len(), 2);
     daemon.dir().write("go", "");
     for job in &jobs {
-        assert_eq!(wait_ended(&mut client, job)["state"], "done");
+        assert_eq!(wait_job(&mut client, job)["state"], "done");
     }
 }

@@ -1,13 +1,11 @@
 //! Tests that the records of deaths name the job that a worker or program ran.
 
-use std::fs;
-
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{NAP, enqueue_job, first_nap, result, with_jobs};
-use crate::support::{Daemon, PATIENCE, process, source, wait_for};
+use crate::support::{Daemon, PATIENCE, process, wait_for};
 
 /// A program that dies.
 const POOL: &str = r#"
@@ -45,10 +43,8 @@ fn death(daemon: &Daemon, kind: &str) -> Value {
 
 #[test]
 fn the_death_of_a_worker_or_program_names_the_job_that_it_ran() {
-    let helper = fs::read_to_string(source().join("examples/python/preforkd.py")).unwrap();
     let daemon = with_jobs(&format!("{NAP}{POOL}"))
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &helper)
+        .python_program(PROGRAM)
         .expect_log("ended by SIGKILL")
         .expect_log("was ended by SIGABRT")
         .start();

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{CONFIG, call, enqueue, jobs_process, kill_all, later, query, result, send_kills};
-use crate::support::{Daemon, PATIENCE, assert_within, process, wait_for};
+use crate::support::{Daemon, PATIENCE, SetOnDrop, assert_within, process, wait_for};
 
 /// What clients were answered while something happened to the server.
 #[derive(Default)]
@@ -58,9 +58,10 @@ fn enqueue_during(daemon: &Daemon, act: impl FnOnce()) -> Answers {
     thread::scope(|scope| {
         let is_over = &is_over;
         let client = || scope.spawn(move || enqueue_until(daemon, is_over));
+        let over = SetOnDrop(is_over);
         let clients = [client(), client()];
         act();
-        is_over.store(true, Ordering::Relaxed);
+        drop(over);
         for client in clients {
             let mut answers = client.join().unwrap();
             all.acknowledged.append(&mut answers.acknowledged);
@@ -109,13 +110,21 @@ fn acknowledged_jobs_survive_the_kill_of_all_processes() {
     );
 }
 
+/// Returns the number of jobs in the store.
+fn stored(daemon: &Daemon) -> i64 {
+    query(&daemon.dir().join("jobs.db"), "SELECT count(*) FROM job")
+}
+
 /// Waits until the store has this number of jobs.
 #[track_caller]
 fn wait_stored(daemon: &Daemon, count: i64) {
-    let store = daemon.dir().join("jobs.db");
-    wait_for("jobs in the store", PATIENCE, || {
-        query(&store, "SELECT count(*) FROM job") >= count
-    });
+    wait_for("jobs in the store", PATIENCE, || stored(daemon) >= count);
+}
+
+/// Waits until the store has this number of jobs more.
+#[track_caller]
+fn wait_more_stored(daemon: &Daemon, more: i64) {
+    wait_stored(daemon, stored(daemon) + more);
 }
 
 #[test]
@@ -191,6 +200,7 @@ fn no_acknowledged_job_is_lost_in_reloads() {
     let answers = enqueue_during(&daemon, || {
         for _ in 0..4 {
             daemon.reload();
+            wait_more_stored(&daemon, 10);
         }
     });
     assert_stored(&daemon, &answers);
@@ -217,8 +227,10 @@ fn no_acknowledged_job_is_lost_in_an_upgrade_and_the_instance_stays() {
     );
     let before = jobs_process(&daemon);
     let answers = enqueue_during(&daemon, || {
+        wait_stored(&daemon, 10);
         let output = daemon.command(&["upgrade"]);
         assert!(output.status.success(), "{output:?}");
+        wait_more_stored(&daemon, 20);
     });
     assert_stored(&daemon, &answers);
     let gap = answers.longest_gap;

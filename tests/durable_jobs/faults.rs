@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use super::{CONFIG, enqueue, error, jobs_process, kill_all, later, query, result};
-use crate::support::{Client, Daemon, PATIENCE, assert_within, process, wait_for};
+use crate::support::{Client, Daemon, PATIENCE, assert_within, process, strace, wait_for};
 
 #[test]
 fn a_store_that_cannot_be_used_fails_the_start_with_path_and_reason() {
@@ -370,28 +370,12 @@ struct FailingCall(Child);
 
 impl FailingCall {
     /// Attaches to a process. `None` if there is no strace here.
+    #[track_caller]
     fn inject(pid: i32, call: &str, error: &str) -> Option<Self> {
-        let has_strace = Command::new("strace")
-            .arg("-V")
-            .stdout(Stdio::null())
-            .status();
-        if has_strace.is_err() {
-            println!("not tested: there is no strace here");
-            return None;
-        }
-        let child = Command::new("strace")
-            .args(["-f", "-qq", "-e", &format!("trace={call}"), "-e"])
-            .arg(format!("inject={call}:error={error}"))
-            .args(["-o", "/dev/null", "-p", &pid.to_string()])
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        wait_for("strace to have attached", PATIENCE, || {
-            process::tasks(pid)
-                .iter()
-                .all(|&task| process::field(task, "TracerPid").is_some_and(|pid| pid != "0"))
-        });
-        Some(FailingCall(child))
+        let trace = format!("trace={call}");
+        let inject = format!("inject={call}:error={error}");
+        let options = ["-e", &trace, "-e", &inject];
+        strace::attach(pid, &options, Path::new("/dev/null")).map(FailingCall)
     }
 }
 

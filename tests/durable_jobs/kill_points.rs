@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::json;
 
 use super::kills::check_ledger;
-use super::{jobs_process, query, result};
+use super::{enqueue_job, jobs_process, query, result};
 use crate::support::{Daemon, Dir, PATIENCE, wait_for};
 
 const CONFIG: &str = r#"
@@ -64,8 +64,7 @@ fn kill_at(point: &str, moment: Moment) {
     let client = &mut daemon.client();
     let mut jobs = Vec::new();
     for _ in 0..3 {
-        let stored = result(client, "rpc.job.enqueue", &json!({"method": "note"}));
-        jobs.push(stored["job"].as_str().unwrap().to_owned());
+        jobs.push(enqueue_job(client, &json!({"method": "note"})));
     }
     if moment == Moment::WhileAttemptsRun {
         // Then no further commit comes before those of the outcomes.

@@ -12,9 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::jobs_processes;
+use super::{jobs_processes, wait_job};
 use crate::support::{
-    Daemon, Dice, PATIENCE, alone, from_environment, pass, pause, percentile, source, wait_for,
+    Daemon, Dice, PATIENCE, SetOnDrop, alone, from_environment, pass, pause, percentile, wait_for,
 };
 
 /// The handlers write the id, the attempt, its begin or end, and the uptime into `ledger`.
@@ -144,6 +144,7 @@ fn kill_under_load(
     let is_over = AtomicBool::new(false);
     let mut waits = Vec::new();
     thread::scope(|scope| {
+        let _over = SetOnDrop(&is_over);
         for _ in 0..2 {
             scope.spawn(|| {
                 while !is_over.load(Relaxed) {
@@ -178,7 +179,6 @@ fn kill_under_load(
                 now.len() == all.len() && !now.contains(&victim)
             });
         }
-        is_over.store(true, Relaxed);
     });
     waits.sort_unstable();
     waits
@@ -253,12 +253,10 @@ fn nothing_is_lost_and_no_attempts_overlap_while_processes_are_killed() {
     let _alone = alone();
     let kills = from_environment("PREFORKD_JOB_KILLS", 50);
     let mut dice = Dice::of_the_day("PREFORKD_SEED");
-    let helper = fs::read_to_string(source().join("examples/python/preforkd.py")).unwrap();
     let mut daemon = Daemon::builder()
         .config(CONFIG)
         .file("job.sh", COMMAND)
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &helper)
+        .python_program(PROGRAM)
         .expect_log("SIGKILL")
         .expect_log("the master has died")
         .start();
@@ -281,12 +279,7 @@ fn nothing_is_lost_and_no_attempts_overlap_while_processes_are_killed() {
     let mut client = daemon.client();
     let mut repeated = 0;
     for job in &jobs {
-        let mut record = Value::Null;
-        wait_for("the end of a job", PATIENCE, || {
-            let wait = json!({"in": "rpc.job.wait", "params": {"job": job, "timeout_ms": 1_000}});
-            record = client.call(&wait)["result"].take();
-            record["ended"] == true
-        });
+        let record = wait_job(&mut client, job);
         assert_eq!(record["state"], "done", "{record}");
         repeated += u32::from(record["attempt"].as_u64() > Some(1));
     }

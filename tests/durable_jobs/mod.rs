@@ -84,8 +84,7 @@ fn later(params: &Value) -> Value {
 /// Enqueues a job that is not due during the test. Returns its id.
 #[track_caller]
 fn enqueue(client: &mut Client, params: &Value) -> String {
-    let stored = result(client, "rpc.job.enqueue", &later(params));
-    stored["job"].as_str().unwrap().to_owned()
+    enqueue_job(client, &later(params))
 }
 
 /// A command that writes its pid into the file `attempts`, and does not end.
@@ -100,6 +99,18 @@ directory = "."
 fn enqueue_job(client: &mut Client, params: &Value) -> String {
     let stored = result(client, "rpc.job.enqueue", params);
     stored["job"].as_str().unwrap().to_owned()
+}
+
+/// Waits until a job has ended. Returns its record.
+#[track_caller]
+fn wait_job(client: &mut Client, job: &str) -> Value {
+    let wait = json!({"in": "rpc.job.wait", "params": {"job": job, "timeout_ms": 1_000}});
+    let mut record = Value::Null;
+    wait_for("the end of a job", PATIENCE, || {
+        record = client.call(&wait)["result"].take();
+        record["ended"] == true
+    });
+    record
 }
 
 /// Returns the pid of the first attempt of `nap`.
@@ -123,19 +134,11 @@ fn wait_metric(daemon: &Daemon, line: &str) {
     });
 }
 
-/// Returns the title of a process.
-fn title(pid: i32) -> String {
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&line)
-        .replace('\0', " ")
-        .trim()
-        .to_owned()
-}
-
 /// Returns the jobs processes that do not drain.
 fn jobs_processes(daemon: &Daemon) -> Vec<i32> {
     let all = daemon.processes().into_iter();
-    all.filter(|pid| title(*pid).ends_with(": jobs")).collect()
+    all.filter(|pid| process::title(*pid).ends_with(": jobs"))
+        .collect()
 }
 
 /// Returns the jobs process.

@@ -4,7 +4,6 @@
 //! PREFORKD_JOB_RELOADS and PREFORKD_JOB_UPGRADES set their numbers. The upgrades go to PREFORKD_JOBS_BASELINE, an older
 //! version, and back; without it, each goes to a new copy of the binary under test. `tests/jobs --reloads N` runs it.
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -12,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::jobs_processes;
+use super::{jobs_processes, wait_job};
 use crate::support::installed::{Installed, upgrade};
 use crate::support::{
-    Client, Daemon, PATIENCE, alone, assert_within, binary, from_environment, pass, pause,
-    percentile, source, wait_for,
+    Client, Daemon, PATIENCE, SetOnDrop, alone, assert_within, binary, from_environment, pass,
+    pause, percentile, wait_for,
 };
 
 /// An attempt of `long` takes longer than `drain-timeout`, so reloads interrupt it.
@@ -115,6 +114,7 @@ fn act_under_load(
     let is_over = AtomicBool::new(false);
     let mut all = Seen::default();
     thread::scope(|scope| {
+        let over = SetOnDrop(&is_over);
         let clients: Vec<_> = (0..CLIENTS)
             .map(|_| scope.spawn(|| enqueue_until(daemon, &is_over, next)))
             .collect();
@@ -122,7 +122,7 @@ fn act_under_load(
             act(number);
             pass(Duration::from_millis(100));
         }
-        is_over.store(true, Relaxed);
+        drop(over);
         for client in clients {
             let seen = client.join().unwrap();
             all.jobs.extend(seen.jobs);
@@ -143,12 +143,7 @@ fn act_under_load(
 
 /// Asserts that a job ends, done in its first attempt. Returns how often that attempt was interrupted.
 fn interruptions(client: &mut Client, job: &str) -> u64 {
-    let mut record = Value::Null;
-    wait_for("the end of a job", PATIENCE, || {
-        let wait = json!({"in": "rpc.job.wait", "params": {"job": job, "timeout_ms": 1_000}});
-        record = client.call(&wait)["result"].take();
-        record["ended"] == true
-    });
+    let record = wait_job(client, job);
     let attempt = (&record["state"], &record["attempt"], &record["crashes"]);
     assert_eq!(attempt, (&json!("done"), &json!(1), &json!(0)), "{record}");
     record["interruptions"].as_u64().unwrap()
@@ -161,13 +156,8 @@ fn reloads_and_upgrades_lose_no_job_and_count_no_attempt() {
     let reloads = from_environment("PREFORKD_JOB_RELOADS", 5);
     let upgrades = from_environment("PREFORKD_JOB_UPGRADES", 1);
     let other = std::env::var_os("PREFORKD_JOBS_BASELINE").map(PathBuf::from);
-    let helper = fs::read_to_string(source().join("examples/python/preforkd.py")).unwrap();
     let installed = Installed::new();
-    let daemon = installed
-        .daemon(CONFIG)
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &helper)
-        .start();
+    let daemon = installed.daemon(CONFIG).python_program(PROGRAM).start();
     let next = AtomicU64::new(0);
     let (mut jobs, by_reload) =
         act_under_load(&daemon, &next, (reloads, "reloads"), |_| daemon.reload());

@@ -10,7 +10,7 @@ use nix::unistd::{Pid, Uid};
 use serde_json::json;
 
 use super::{CONFIG, address, builder, observer, page, series};
-use crate::support::{Daemon, Dir, PATIENCE, alone, process, wait_for};
+use crate::support::{Daemon, Dir, PATIENCE, SetOnDrop, alone, process, wait_for};
 
 /// A user with no other process.
 const USER: u32 = 54_331;
@@ -88,6 +88,7 @@ fn cpu_time_never_falls_while_a_slot_has_two_workers_and_one_is_reaped() {
     let name = "preforkd_worker_cpu_seconds_total{slot=\"0\"}";
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let over = SetOnDrop(&is_over);
         let reader = scope.spawn(|| {
             let (mut last, mut readings) = (0.0, 0);
             while !is_over.load(Relaxed) {
@@ -120,7 +121,7 @@ fn cpu_time_never_falls_while_a_slot_has_two_workers_and_one_is_reaped() {
                 ready.len() == 1 && ready != before && all.len() == 1
             });
         }
-        is_over.store(true, Relaxed);
+        drop(over);
         busy.join().unwrap();
         let (last, readings) = reader.join().expect("the counter never falls");
         println!("{readings} readings, {last} s, at most {most} workers in the slot");

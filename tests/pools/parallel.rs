@@ -66,13 +66,13 @@ fn config(program: &str, methods: &[&str], keys: &str) -> String {
 
 /// Starts a daemon with one program that may run `concurrency` calls at once.
 fn python(concurrency: usize, expected: &[&str]) -> Daemon {
-    let helper = source().join("examples/python/preforkd.py");
     let methods = ["nap", "block", "held", "count", "fail", "pid"];
     let keys = format!("concurrency = {concurrency}");
-    let mut builder = Daemon::builder()
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
-        .config(&config("[\"python3\", \"program.py\"]", &methods, &keys));
+    let mut builder = Daemon::builder().python_program(PROGRAM).config(&config(
+        "[\"python3\", \"program.py\"]",
+        &methods,
+        &keys,
+    ));
     for text in expected {
         builder = builder.expect_log(text);
     }
@@ -238,11 +238,9 @@ fn node_runs_calls_together() {
 
 #[test]
 fn the_status_lists_each_program() {
-    let helper = source().join("examples/python/preforkd.py");
     let keys = "processes = 2\nidle-timeout = \"1s\"";
     let daemon = Daemon::builder()
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(PROGRAM)
         .config(&config(
             "[\"python3\", \"program.py\"]",
             &["held", "pid"],

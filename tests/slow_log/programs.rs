@@ -4,7 +4,7 @@
 use serde_json::json;
 
 use super::{evidence, record};
-use crate::support::{Daemon, source};
+use crate::support::Daemon;
 
 const CONFIG: &str = r#"
 [workers]
@@ -33,13 +33,11 @@ serve()
 
 #[test]
 fn a_python_program_writes_its_stack_beside_the_call_and_serves_on() {
-    let helper = source().join("examples/python/preforkd.py");
     let daemon = Daemon::builder()
         .config(&format!(
             "{CONFIG}command = [\"python3\", \"program.py\"]\n"
         ))
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(PROGRAM)
         .start();
     let mut client = daemon.client();
     assert_eq!(client.call(&json!({"in": "nap", "params": 1}))["result"], 1);

@@ -146,13 +146,11 @@ def pooled(nap, secret):
     time.sleep(nap)
 serve()
 "#;
-    let helper = crate::support::source().join("examples/python/preforkd.py");
     let config =
         format!("{CONFIG}{pool}").replace("[methods.other]", "[methods.other]\nslow = \"1ms\"");
     let daemon = Daemon::builder()
         .config(&config)
-        .file("program.py", program)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(program)
         .start();
     let mut client = daemon.client();
     let run = |client: &mut crate::support::Client| {

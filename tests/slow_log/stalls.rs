@@ -8,7 +8,7 @@ use nix::sys::stat::Mode;
 use serde_json::Value;
 
 use super::{evidence, record, records, send};
-use crate::support::{Daemon, source};
+use crate::support::Daemon;
 
 const CONFIG: &str = r#"
 [workers]
@@ -59,11 +59,9 @@ serve()
 
 #[test]
 fn seven_stalls_are_named_by_state_system_call_and_process() {
-    let helper = source().join("examples/python/preforkd.py");
     let daemon = Daemon::builder()
         .config(CONFIG)
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(PROGRAM)
         .file("connect.py", CONNECT)
         .file("lock", "")
         .start();

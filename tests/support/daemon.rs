@@ -24,7 +24,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::notify::Notifications;
-use super::{Client, Dir, PATIENCE, binary, control, pass, pause, process, wait_for};
+use super::{Client, Dir, PATIENCE, binary, control, pass, pause, process, source, wait_for};
 
 /// The variables of the test's environment that a daemon gets: enough to find programs, and the mark by
 /// which `tests/run` finds its own processes.
@@ -122,6 +122,13 @@ impl Builder {
     pub fn file(mut self, name: &str, text: &str) -> Self {
         self.files.push((name.to_owned(), text.to_owned()));
         self
+    }
+
+    /// Adds a pool program as `program.py`, and the Python helper that it imports.
+    pub fn python_program(self, text: &str) -> Self {
+        let helper = source().join("examples/python/preforkd.py");
+        let helper = std::fs::read_to_string(helper).unwrap();
+        self.file("program.py", text).file("preforkd.py", &helper)
     }
 
     /// Runs it under another program that keeps its pid, such as `strace -DD`.

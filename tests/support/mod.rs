@@ -31,6 +31,7 @@ pub mod wire;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -187,6 +188,16 @@ pub fn assert_within(what: &str, took: Duration, promised: Duration) {
         took <= promised + excused,
         "{what}: {took:?}, promised are {promised:?}"
     );
+}
+
+/// Sets a flag when it is dropped, also by a panic. Without it, a scope would wait forever for threads that run until the
+/// flag is set.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Waits for a fixed time, only for measurements over a time: CPU ticks of an idle process, a rate of

@@ -1,6 +1,6 @@
 //! System calls of a worker, seen by strace(1).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -14,31 +14,41 @@ pub struct Strace {
     file: PathBuf,
 }
 
+/// Attaches strace(1) to all threads of a process, with these options. `None` if there is no strace here.
+#[track_caller]
+pub fn attach(pid: i32, options: &[&str], output: &Path) -> Option<Child> {
+    let version = Command::new("strace")
+        .arg("-V")
+        .stdout(Stdio::null())
+        .status();
+    if version.is_err() {
+        println!("not tested: there is no strace here");
+        return None;
+    }
+    let child = Command::new("strace")
+        .args(["-f", "-qq", "-p", &pid.to_string()])
+        .args(options)
+        .arg("-o")
+        .arg(output)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("strace to have attached", PATIENCE, || {
+        process::tasks(pid)
+            .iter()
+            .all(|&task| process::field(task, "TracerPid").is_some_and(|pid| pid != "0"))
+    });
+    Some(child)
+}
+
 impl Strace {
     /// Attaches to a worker. `calls` names the system calls. `None` if there is no strace here.
     #[track_caller]
     pub fn attach(daemon: &Daemon, worker: i32, calls: &str) -> Option<Self> {
-        let version = Command::new("strace")
-            .arg("-V")
-            .stdout(Stdio::null())
-            .status();
-        if version.is_err() {
-            println!("not tested: there is no strace here");
-            return None;
-        }
         let file = daemon.dir().join("trace");
-        let child = Command::new("strace")
-            .args(["-f", "-qq", "-s", "100", "-e", "signal=none", "-e"])
-            .args([&format!("trace={calls}"), "-p", &worker.to_string(), "-o"])
-            .arg(&file)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        wait_for("strace to have attached", PATIENCE, || {
-            process::tasks(worker)
-                .iter()
-                .all(|&task| process::field(task, "TracerPid").is_some_and(|pid| pid != "0"))
-        });
+        let trace = format!("trace={calls}");
+        let options = ["-s", "100", "-e", "signal=none", "-e", &trace];
+        let child = attach(worker, &options, &file)?;
         Some(Strace { child, file })
     }
 

@@ -38,11 +38,9 @@ serve()
 "#;
 
 fn with_pool() -> Builder {
-    let helper = crate::support::source().join("examples/python/preforkd.py");
     Daemon::builder()
         .config(&format!("{CONFIG}{POOL}"))
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(PROGRAM)
 }
 
 #[test]

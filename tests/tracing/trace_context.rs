@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{one_sided, result};
-use crate::support::{Client, Daemon, Dir, PATIENCE, source, wait_for};
+use crate::support::{Client, Daemon, Dir, PATIENCE, wait_for};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -84,12 +84,10 @@ while True:
 "#;
 
 fn daemon(keys: &str) -> Daemon {
-    let helper = source().join("examples/python/preforkd.py");
     Daemon::builder()
         .config(&format!("[workers]\ncount = 1\n{METHODS}{keys}"))
-        .file("program.py", PROGRAM)
+        .python_program(PROGRAM)
         .file("plain.py", PLAIN)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
         .start()
 }
 
@@ -341,11 +339,9 @@ fn log_lines_during_a_call_name_it() {
     );
     let program = "import sys, time\nfrom preforkd import method, serve\n@method\ndef tell(text):\n    print(text)\n    time.sleep(1)\nserve()\n";
     let pool = "[pools.p]\ncommand = [\"python3\", \"program.py\"]\ndirectory = \".\"\n[methods.tell]\npool = \"p\"\n";
-    let helper = source().join("examples/python/preforkd.py");
     let daemon = Daemon::builder()
         .config(&format!("[workers]\ncount = 1\n[trace]\n{gone}{pool}"))
-        .file("program.py", program)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(program)
         .expect_log("could not be started")
         .start();
     drop(directory);

@@ -6,7 +6,7 @@
 
 use std::process::Command;
 
-use crate::support::{Daemon, source};
+use crate::support::Daemon;
 
 /// Calls back as often as it is asked to, with a parent id of its own for each request.
 const PROGRAM: &str = r#"
@@ -41,11 +41,9 @@ pool = "suite"
 fn the_suite_of_the_specification_passes() {
     let suite = std::env::var("TRACE_CONTEXT_SUITE").expect("TRACE_CONTEXT_SUITE is set");
     let python = std::env::var("TRACE_CONTEXT_PYTHON").unwrap_or_else(|_| "python3".into());
-    let helper = source().join("examples/python/preforkd.py");
     let daemon = Daemon::builder()
         .config(CONFIG)
-        .file("program.py", PROGRAM)
-        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .python_program(PROGRAM)
         .start();
     // The suite can only be given a port, so this one must be free again when it starts.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

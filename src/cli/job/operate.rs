@@ -161,17 +161,10 @@ impl JobConnection {
             }
             let response: ControlResponse = serde_json::from_str(text)
                 .map_err(|error| Error::Protocol(format!("the answer is invalid: {error}")))?;
-            let error = match (response.ok, response.error) {
-                (true, _) => return Ok(response.message),
-                (false, error) => error.unwrap_or_else(|| "refused without a reason".into()),
+            return match response.ok {
+                true => Ok(response.message),
+                false => Err(response.into_error()),
             };
-            return Err(match response.code.unwrap_or(1) {
-                1 => Error::Refused(error),
-                code => Error::Daemon {
-                    code,
-                    message: error,
-                },
-            });
         }
     }
 }

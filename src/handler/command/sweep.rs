@@ -40,8 +40,8 @@ static RUNNING: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 static LEAVES: RwLock<bool> = RwLock::new(false);
 /// Reads the marks of adopted processes.
 static READER: Reader = Reader::new();
-/// The adopted processes without a mark, each with the value of `STARTS` when it was seen first: only a command that was
-/// started before can have created it. 0 once it was killed.
+/// The adopted processes without a mark, each with the value of `STARTS` when it was seen first: only a command that
+/// was started before can have created it. 0 once it was killed.
 static UNMARKED: Mutex<BTreeMap<Pid, u64>> = Mutex::new(BTreeMap::new());
 /// Held during a sweep. No other thread reaps adopted children then, so their pids cannot be reused.
 static SWEEPING: Mutex<()> = Mutex::new(());

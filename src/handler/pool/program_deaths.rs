@@ -11,7 +11,7 @@ use std::sync::atomic::{
 
 use crate::protocol::call_id::CallId;
 use crate::sys::process::{Exit, Pid};
-use crate::sys::shared_memory::{load_text, shared_record, store_text};
+use crate::sys::shared_memory::{load_text, load_u128, shared_record, store_text, store_u128};
 
 /// The largest number of deaths that are kept until the master takes them.
 const CAPACITY: usize = 100;
@@ -102,8 +102,7 @@ impl ProgramDeaths {
         let (home, call) = death.call.map_or((0, 0), |call| (call.pid, call.number));
         entry.home.store(home, Relaxed);
         entry.call.store(call, Relaxed);
-        entry.job[0].store((death.job >> 64) as u64, Relaxed);
-        entry.job[1].store(death.job as u64, Relaxed);
+        store_u128(&entry.job, death.job);
         let length = store_text(&entry.reason, &death.reason);
         entry.reason_length.store(length, Relaxed);
         entry.number.store(before.wrapping_add(1), Release);
@@ -136,8 +135,7 @@ impl DeathEntry {
             uptime_ms: self.uptime_ms.load(Relaxed),
             method: (self.method.load(Relaxed).checked_sub(1)).map(|method| method as usize),
             call: CallId::recorded(self.home.load(Relaxed), self.call.load(Relaxed)),
-            job: u128::from(self.job[0].load(Relaxed)) << 64
-                | u128::from(self.job[1].load(Relaxed)),
+            job: load_u128(&self.job),
             rss_bytes: self.rss_bytes.load(Relaxed),
             reason: load_text(&self.reason, self.reason_length.load(Relaxed)),
             at: self.at.load(Relaxed),

@@ -8,15 +8,16 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::JobState;
 use crate::jobs::record::JobDetails;
+use crate::jobs::store::group::{MOST_BYTES, MOST_JOBS};
 use crate::jobs::store::request::{
     JobSelection, LeftAlone, ListFilter, ListPage, Selected, StoreReply, StoreRequest,
 };
 use crate::logging::{ControlPeer, pluralize};
 use crate::protocol::control::{ControlResponse, to_line};
 use crate::protocol::job_control::{JobChoice, JobFilter, JobRequest, LeftJob};
+use crate::protocol::job_id::JobId;
 use crate::protocol::json;
 use crate::sys::socket;
 
@@ -24,10 +25,6 @@ use crate::sys::socket;
 const PATIENCE: Duration = Duration::from_secs(600);
 /// The largest number of bytes of a line: a request, or a job with its params and result.
 const LONGEST_LINE: u64 = 256 << 20;
-/// The largest number of jobs of one transaction.
-const GROUP_JOBS: usize = 512;
-/// A transaction with this number of bytes gets no further job.
-const GROUP_BYTES: usize = 1 << 20;
 /// The exit code of a command with wrong arguments.
 const USAGE: u8 = 64;
 /// The exit code of a command whose server cannot answer now.
@@ -200,11 +197,21 @@ impl<'a> OperatorCommand<'a> {
             JobRequest::List(filter) => self.list(filter).map(|()| None),
             JobRequest::Show { id } => self.show(&id).map(|()| None),
             JobRequest::Retry(choice) => {
-                let (done, left) = self.select(choice, "wait again", StoreRequest::Retry)?;
+                let (done, left) = self.select(
+                    choice,
+                    "wait again",
+                    JobState::may_wait_again,
+                    StoreRequest::Retry,
+                )?;
                 report(done, left, ["job waits again", "jobs wait again"]).map(Some)
             }
             JobRequest::Purge(choice) => {
-                let (done, left) = self.select(choice, "be removed", StoreRequest::Purge)?;
+                let (done, left) = self.select(
+                    choice,
+                    "be removed",
+                    JobState::is_ended,
+                    StoreRequest::Purge,
+                )?;
                 report(done, left, ["job was removed", "jobs were removed"]).map(Some)
             }
             JobRequest::Pause { method } => {
@@ -263,65 +270,60 @@ impl<'a> OperatorCommand<'a> {
         }
     }
 
-    /// Applies a request to the chosen jobs. Returns the number of jobs that were changed, and that of named jobs
-    /// that were left alone.
+    /// Applies a request to the chosen jobs. `may` is whether it can be applied to a job in this state. Returns the
+    /// number of jobs that were changed, and that of named jobs that were left alone.
     fn select(
         &mut self,
         choice: JobChoice,
         what: &str,
+        may: fn(JobState) -> bool,
         request: impl Fn(JobSelection) -> StoreRequest,
     ) -> Outcome<(usize, usize)> {
         let (mut done, mut left) = (0, 0);
         let Some(state) = state(choice.filter.state.as_deref())? else {
             let ids: Outcome<Vec<JobId>> = choice.ids.iter().map(|id| job_id(id)).collect();
-            for group in ids?.chunks(GROUP_JOBS) {
+            for group in ids?.chunks(MOST_JOBS) {
                 let selected = selected(self.write(request(JobSelection::Ids(group.to_vec())))?)?;
                 done += selected.done.len();
                 left += selected.left.len();
-                for (id, why) in selected.left {
-                    self.send(&LeftJob {
-                        job: id.to_string(),
-                        left: reason(why),
-                    })?;
-                }
+                self.send_left(selected.left)?;
             }
             return Ok((done, left));
         };
         if !choice.ids.is_empty() {
             return Err(usage("give ids or a state, not both"));
         }
-        let may_wait = matches!(state, JobState::Dead | JobState::Cancelled);
-        let is_retry = matches!(
-            request(JobSelection::Ids(Vec::new())),
-            StoreRequest::Retry(_)
-        );
-        if !state.is_ended() || is_retry && !may_wait {
-            return Err(usage(format!(
-                "jobs that are {} cannot {what}",
-                state.name()
-            )));
+        if !may(state) {
+            let state = state.name();
+            return Err(usage(format!("jobs that are {state} cannot {what}")));
         }
         let mut after = None;
         loop {
             let page = JobSelection::Ended {
                 state,
                 method: choice.filter.method.clone(),
-                most: GROUP_JOBS,
+                most: MOST_JOBS,
                 after,
             };
             let selected = selected(self.write(request(page))?)?;
             done += selected.done.len();
-            for (id, why) in selected.left {
-                self.send(&LeftJob {
-                    job: id.to_string(),
-                    left: reason(why),
-                })?;
-            }
+            self.send_left(selected.left)?;
             if selected.next.is_none() {
                 return Ok((done, 0));
             }
             after = selected.next;
         }
+    }
+
+    /// Sends which jobs were left alone, and why.
+    fn send_left(&mut self, left: Vec<(JobId, LeftAlone)>) -> Outcome<()> {
+        for (id, why) in left {
+            self.send(&LeftJob {
+                job: id.to_string(),
+                left: reason(why),
+            })?;
+        }
+        Ok(())
     }
 
     /// Returns what to add to a message about this method. It may come with the next reload, or its name is misspelled.
@@ -361,7 +363,7 @@ impl<'a> OperatorCommand<'a> {
         loop {
             let (mut jobs, mut size) = (Vec::new(), 0);
             let mut is_last = false;
-            while jobs.len() < GROUP_JOBS && size < GROUP_BYTES {
+            while jobs.len() < MOST_JOBS && size < MOST_BYTES {
                 // Without the empty line at the end the export may be cut off.
                 let line = self.line()?.ok_or(CommandEnd::Gone)?;
                 if line.is_empty() {

@@ -4,10 +4,11 @@
 //! methods of `rpc.job` have simple params, which are read here too.
 
 use super::UnixMs;
-use super::id::JobId;
 use super::members::JsonMembers;
 use super::states::MAX_DELAY_MS;
+use crate::protocol::call::is_reserved;
 use crate::protocol::http::respond_async::{self, AsyncRequest};
+use crate::protocol::job_id::JobId;
 use crate::protocol::jsonrpc;
 use crate::protocol::rpc_error::excerpt;
 use crate::protocol::{Code, RpcError};
@@ -18,7 +19,7 @@ pub const MAX_KEY: usize = 255;
 /// The bounds of a priority.
 pub const PRIORITIES: (i64, i64) = (-9, 9);
 
-/// The largest number of attempts that a configuration or an enqueue may name.
+/// The largest `max_attempts` of a job: the limit of the configuration.
 pub const MAX_ATTEMPTS: i64 = 1_000;
 
 /// The members of an enqueue.
@@ -259,7 +260,7 @@ fn one(
 
 fn defaults_of(method: &str, rules: &EnqueueRules<'_>) -> Result<EnqueueDefaults, RpcError> {
     let refused = |message: String| RpcError::of(Code::MethodNotFound, message, false);
-    if method.starts_with("rpc.") {
+    if is_reserved(method) {
         return Err(refused(format!(
             "`{}` cannot be a job: methods of the server itself run at once",
             excerpt(method)

@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::enqueue::*;
-use super::id::JobId;
 use crate::protocol::http::respond_async::{self, JobRequestHead};
+use crate::protocol::job_id::JobId;
 use crate::protocol::{Code, RpcError};
 
 const NOW: u64 = 1_800_000_000_000;

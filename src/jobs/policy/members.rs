@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::id::JobId;
+use crate::protocol::job_id::JobId;
 use crate::protocol::rpc_error::excerpt;
 
 /// The largest number of members of an object. Each new one is compared with all others, and an export has 25.

@@ -1,4 +1,4 @@
-//! Decides about jobs: ids, states, retries, turns of queues, validation and retention.
+//! Decides about jobs: states, retries, turns of queues, validation and retention.
 //!
 //! Nothing here reads a clock, makes a random number or a system call. Callers pass the time in milliseconds
 //! since 1970 (UTC) and random bits. The engine and the model of the tests call these functions inside their
@@ -7,7 +7,6 @@
 pub mod enqueue;
 #[cfg(test)]
 mod enqueue_tests;
-pub mod id;
 pub mod members;
 pub mod retention;
 pub mod states;

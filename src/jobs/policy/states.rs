@@ -71,6 +71,11 @@ impl JobState {
     pub const fn is_ended(self) -> bool {
         matches!(self, JobState::Done | JobState::Dead | JobState::Cancelled)
     }
+
+    /// Returns whether an operator may let the job wait again.
+    pub const fn may_wait_again(self) -> bool {
+        matches!(self, JobState::Dead | JobState::Cancelled)
+    }
 }
 
 named! {
@@ -337,9 +342,7 @@ pub fn kept_json<'a>(end: &'a AttemptEnd, rules: &RetryRules) -> Option<Cow<'a, 
         code,
         format!("{message} (shortened: the error had {} bytes)", json.len()),
     );
-    let mut kept = Vec::new();
-    answer::bare_error(&mut kept, &error, None);
-    String::from_utf8(kept).ok().map(Cow::Owned)
+    Some(Cow::Owned(answer::bare_error_text(&error)))
 }
 
 /// Returns the counters after an attempt that ended for this cause.

@@ -20,7 +20,6 @@ use super::ticket::Ticket;
 use crate::handler::registry::Registry;
 use crate::jobs::kill_point::{self, KillPoint};
 use crate::jobs::policy::UnixMs;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptCause, EndReason, JobFate, JobState};
 use crate::jobs::store::error::StoreError;
 use crate::jobs::store::request::{ClaimedJob, FreedAttempt, SettleReply, StoreReply};
@@ -29,6 +28,7 @@ use crate::link::call_frame::Frame;
 use crate::link::executor_end::ExecutorEnd;
 use crate::link::scoreboard::{LANES, WorkerRecord};
 use crate::logging::pluralize;
+use crate::protocol::job_id::JobId;
 use crate::sys::process::{Pid, unix_time_ms};
 use crate::sys::process_tree;
 use crate::throttle::limiter::SharedLimiter;
@@ -99,13 +99,11 @@ fn now(core: &JobsCore) -> (u64, UnixMs) {
 }
 
 /// Handles a frame about attempts. Returns false if it is invalid, or if the other process runs no attempts.
-pub fn receive(core: &mut JobsCore, link: u64, frame: &AttemptFrame<'_>) -> bool {
+pub fn receive(core: &mut JobsCore, link: u64, frame: AttemptFrame<'_>) -> bool {
     let Some(LinkEnd::Executor(record)) = core.links.get_mut(link).map(|link| link.end) else {
         return false;
     };
-    let actions = core
-        .executors
-        .receive(link, record, frame.clone(), core.now_ms);
+    let actions = core.executors.receive(link, record, frame, core.now_ms);
     let is_valid = actions.is_some();
     run(core, actions.unwrap_or_default());
     is_valid
@@ -140,7 +138,7 @@ pub fn store_opened(core: &mut JobsCore) {
     look(core);
 }
 
-/// An attempt was lost with the instance that ran it: counts that, and the end of its job.
+/// Counts an attempt that was lost with the instance that ran it, and the end of its job.
 pub fn freed(core: &mut JobsCore, freed: &FreedAttempt) {
     if let Some(counters) = &core.counters {
         counters.attempted(&freed.method, AttemptCause::Lost, None);
@@ -248,8 +246,7 @@ fn log_dead(job: JobId, method: &str, reason: EndReason, attempts: Option<u32>) 
 }
 
 fn is_alive(pid: i32) -> bool {
-    let pid = Pid(pid);
-    process_tree::start_ticks(pid).is_some() && !process_tree::is_zombie(pid)
+    process_tree::living_since(Pid(pid)).is_some()
 }
 
 /// Claims due jobs, and does what else is due. Shows in the record of this process how many jobs wait for room, so that

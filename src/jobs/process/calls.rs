@@ -12,7 +12,6 @@ use super::store_event::{ReadReply, ReadRequest};
 use super::ticket::{CallPlace, Ticket};
 use crate::handler::job_methods::JobMethod;
 use crate::jobs::policy::enqueue::{self, EnqueueRules, NewJob};
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::JobState;
 use crate::jobs::record::JobRecord;
 use crate::jobs::rules;
@@ -22,6 +21,7 @@ use crate::jobs::store::request::{
 };
 use crate::link::call_frame::{CallFrame, Frame};
 use crate::protocol::code::Code;
+use crate::protocol::job_id::JobId;
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::trace_context::TraceContext;
 use crate::sys::process::{monotonic_ns, unix_time_ms};
@@ -33,14 +33,10 @@ const ANSWER_MS: u64 = 5;
 type Outcome = Result<Vec<u8>, RpcError>;
 
 /// Begins a call. If this process takes no calls any more, another one gets it.
-pub fn begin(core: &mut JobsCore, link: u64, call: &CallFrame<'_>) {
-    let place = CallPlace {
-        link,
-        number: call.id.number,
-    };
+pub fn begin(core: &mut JobsCore, place: CallPlace, call: &CallFrame<'_>) {
     let Some(method) = JobMethod::from_frame(call.method).filter(|_| !core.is_draining) else {
         core.links.end_call(place);
-        if let Some(link) = core.links.get_mut(link) {
+        if let Some(link) = core.links.get_mut(place.link) {
             let id = place.number;
             link.link.queue(&Frame::Returned { id });
         }
@@ -93,7 +89,7 @@ pub fn end_link(core: &mut JobsCore, link: u64) {
 
 /// Returns when a change is answered with `unavailable`: `enqueue-timeout` after its call was read.
 fn due_ms(core: &JobsCore, call: &CallFrame<'_>) -> u64 {
-    let timeout = u64::try_from(core.config.enqueue_timeout.as_millis()).unwrap_or(u64::MAX);
+    let timeout = rules::milliseconds(core.config.enqueue_timeout);
     let read_ms = match call.origin.read_ns / 1_000_000 {
         0 => core.now_ms,
         read_ms => read_ms.min(core.now_ms),
@@ -175,14 +171,12 @@ fn first_id(call: &CallFrame<'_>) -> Result<JobId, RpcError> {
 /// keep at least 512 characters (W3C Trace Context, 3.3.1.5).
 const MOST_STATE: usize = 512;
 
-/// Returns a trace context as it is stored: `traceparent`, and `tracestate` on a second line.
+/// Returns a trace context as it is stored.
 fn trace_text(trace: &TraceContext) -> String {
-    let mut text = trace.traceparent();
-    if let Some(state) = trace.state.as_ref().filter(|it| it.len() <= MOST_STATE) {
-        text.push('\n');
-        text.push_str(state);
+    match &trace.state {
+        Some(state) if state.len() > MOST_STATE => trace.traceparent(),
+        _ => trace.to_text(),
     }
-    text
 }
 
 fn begin_wait(core: &mut JobsCore, place: CallPlace, call: &CallFrame<'_>) -> Result<(), RpcError> {

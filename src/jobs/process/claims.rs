@@ -256,7 +256,7 @@ impl ClaimPlan {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::jobs::policy::id::JobId;
+    use crate::protocol::job_id::JobId;
 
     const NOW: u64 = 1_000;
 

@@ -16,10 +16,10 @@ use super::waits::Waits;
 use crate::config::{JobsConfig, LimitsConfig};
 use crate::handler::registry::Registry;
 use crate::jobs::figures::JobFigures;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::record::InstanceId;
 use crate::jobs::store::request::StoreCounts;
 use crate::link::scoreboard::{JOBS_LANE, WorkerRecord};
+use crate::protocol::job_id::JobId;
 use crate::worker::peer;
 
 /// A call that changes the store and has no answer yet.

@@ -4,6 +4,7 @@
 //! was ordered to and everything that it has read is answered, or at the deadline of the order.
 
 use std::io;
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use super::links::{LINK_BASE, LinkEnd};
 use super::replies::{self, StoreStep};
 use super::status;
 use super::ticket::Ticket;
+use crate::jobs::rules;
 use crate::jobs::store::request::StoreRequest;
 use crate::link::call_frame::Frame;
 use crate::link::channel::{Received, WorkerEnd};
@@ -226,14 +228,17 @@ impl JobsLoop {
     }
 
     fn look_at_store(&mut self) {
-        if !self.look_due() || self.parts.core.now_ms < self.look_ms {
+        let core = &mut self.parts.core;
+        if core.now_ms < self.look_ms {
             return;
         }
-        let core = &mut self.parts.core;
-        self.had_other = core.has_other();
+        let has_other = core.has_other();
+        if !mem::replace(&mut self.had_other, has_other) && !has_other {
+            return;
+        }
         self.look_ms = core.now_ms + LOOK_MS;
         attempts::look(core);
-        attempts::look_at_running(core, !self.had_other);
+        attempts::look_at_running(core, !has_other);
         calls::look(core);
     }
 
@@ -305,7 +310,7 @@ impl JobsLoop {
 
     /// Takes no further call, and answers all waits with the record as it is.
     fn drain(&mut self, limit: Duration, is_stop: bool) {
-        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let limit_ms = rules::milliseconds(limit);
         let core = &mut self.parts.core;
         let mut until_ms = core.now_ms.saturating_add(limit_ms);
         match self.stage {
@@ -333,7 +338,7 @@ impl JobsLoop {
             && self.stage == LoopStage::Serving
         {
             let limit = self.parts.drain_timeout;
-            let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            let limit_ms = rules::milliseconds(limit);
             let core = &self.parts.core;
             if core.links.is_empty() || core.now_ms >= since_ms.saturating_add(limit_ms) {
                 self.drain(limit, false);
@@ -404,8 +409,8 @@ impl Driver for JobsLoop {
                 {
                     self.end_link(link, reactor);
                 }
-                // Publish only after calls. If an offer made this process publish, the other side would offer again, without
-                // end.
+                // Publish only after calls. If an offer made this process publish, the other side would offer again,
+                // without end.
                 self.is_stale |= self.parts.core.calls != before;
             }
             // It has no listeners and no connections.

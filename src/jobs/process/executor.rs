@@ -8,14 +8,14 @@ use std::sync::atomic::Ordering::Relaxed;
 use serde_json::json;
 
 use super::ticket::Ticket;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptCause, AttemptEnd, EndReason, JobState};
 use crate::jobs::store::request::StoreRequest;
 use crate::link::attempt_frame::{AttemptEndKind, AttemptFrame, AttemptId, AttemptReport};
 use crate::link::executor_end::ExecutorCause;
 use crate::link::scoreboard::WorkerRecord;
-use crate::protocol::answer;
+use crate::protocol::answer::bare_error_text;
 use crate::protocol::code::Code;
+use crate::protocol::job_id::JobId;
 use crate::protocol::rpc_error::RpcError;
 
 /// How long the master may take to say why an executor has ended, in milliseconds. After that, its attempts count as
@@ -72,7 +72,7 @@ pub struct TrackedAttempt {
 pub struct EndedProcesses(BTreeMap<i32, (ExecutorCause, u64)>);
 
 impl EndedProcesses {
-    /// The master has said why a process has ended.
+    /// Records why a process has ended, as the master says.
     pub fn add(&mut self, pid: i32, cause: ExecutorCause, now_ms: u64) {
         if self.0.len() >= MOST_ENDED {
             let oldest = self.0.iter().min_by_key(|(_, (_, at_ms))| *at_ms);
@@ -87,8 +87,8 @@ impl EndedProcesses {
         self.0.get(&pid).map(|(cause, _)| *cause)
     }
 
-    /// A process has named itself. Returns why it has ended if the master has said that just before: then its frames
-    /// were read late. Otherwise it has got the pid of another process.
+    /// Handles that a process has named itself. Returns why it has ended if the master has said that just before: then
+    /// its frames were read late. Otherwise it has got the pid of another process.
     pub fn named(&mut self, pid: i32, now_ms: u64) -> Option<ExecutorCause> {
         let (cause, at_ms) = *self.0.get(&pid)?;
         if at_ms.saturating_add(LATE_MS) < now_ms {
@@ -216,8 +216,8 @@ impl Executor {
             (self.epoch, self.sent_since) = (epoch, 0);
         }
         let idle = record.idle.load(Relaxed).saturating_sub(self.sent_since) as usize;
-        // An attempt leaves its place when its end is stored. A claim is stored after the ends that came before it. A pool
-        // process may show more idle capacity than it has places, because it takes short calls ahead.
+        // An attempt leaves its place when its end is stored. A claim is stored after the ends that came before it. A
+        // pool process may show more idle capacity than it has places, because it takes short calls ahead.
         let running = self.attempts.values().filter(|it| !it.is_settling);
         let places = places.get(self.lane).copied().unwrap_or(0);
         idle.min(places.saturating_sub(running.count()))
@@ -248,7 +248,7 @@ pub fn end_of_too_long(length: usize) -> AttemptEnd {
         "its params have {length} bytes, and limits.frame allows less now; raise it, then use preforkd job retry"
     );
     let error = RpcError::of(Code::InvalidParams, text, false);
-    AttemptEnd::error(error_json(&error.with_data(json!({ "retry": false }))))
+    AttemptEnd::error(bare_error_text(&error.with_data(json!({ "retry": false }))))
 }
 
 /// Returns how an attempt ended whose executor has died. `is_named` is whether the evidence names it.
@@ -260,12 +260,12 @@ pub fn end_of_dead(
 ) -> AttemptEnd {
     let crashed = |cause, text: &str| {
         let error = RpcError::of(Code::Crashed, text, true);
-        AttemptEnd::without_answer(cause, Some(error_json(&error)))
+        AttemptEnd::without_answer(cause, Some(bare_error_text(&error).into()))
     };
     match cause {
         ExecutorCause::Ordered if attempt.deadline_ms.is_some_and(|at| at <= now_ms) => {
             let text = "its timeout passed before it was done";
-            AttemptEnd::error(error_json(&RpcError::of(Code::Timeout, text, true)))
+            AttemptEnd::error(bare_error_text(&RpcError::of(Code::Timeout, text, true)))
         }
         ExecutorCause::Ordered => AttemptEnd::without_answer(AttemptCause::Interrupted, None),
         ExecutorCause::Outside => crashed(
@@ -289,11 +289,4 @@ pub fn end_of_dead(
 /// Converts a time of the store to the monotonic clock. `now` are the monotonic time and that of the store.
 pub fn monotonic_of(at_ms: u64, (now_ms, store_ms): (u64, u64)) -> u64 {
     now_ms.saturating_add(at_ms.saturating_sub(store_ms))
-}
-
-fn error_json(error: &RpcError) -> Box<str> {
-    let mut json = Vec::new();
-    answer::bare_error(&mut json, error, None);
-    let json = String::from_utf8(json).expect("an error is written as text");
-    json.into_boxed_str()
 }

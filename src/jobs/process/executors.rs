@@ -14,7 +14,6 @@ use super::executor::{
 };
 use super::ticket::Ticket;
 use crate::config::JobsConfig;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptCause, AttemptEnd, JobFate};
 use crate::jobs::record::{InstanceId, ProcessMark};
 use crate::jobs::rules;
@@ -22,6 +21,7 @@ use crate::jobs::store::request::{CancelReply, SettleReply, Settlement, StoreReq
 use crate::link::attempt_frame::{AttemptEndKind, AttemptFrame, AttemptId, AttemptReport};
 use crate::link::executor_end::{ExecutorCause, attempt_mark};
 use crate::link::scoreboard::WorkerRecord;
+use crate::protocol::job_id::JobId;
 use crate::sys::random::random_bytes;
 
 /// When a failed read is tried again. A store that is open again is read at once.
@@ -42,8 +42,9 @@ pub struct Executors {
     pub(super) foreign_dead: BTreeMap<i32, u64>,
     /// When the store must be read again.
     pub(super) look_ms: Option<u64>,
-    /// How many reads of the store were begun, and how many have ended. They end in their order.
-    reads: (u64, u64),
+    /// How many reads of the store were begun, and how many of them have ended. They end in their order.
+    reads_begun: u64,
+    reads_ended: u64,
     /// The attempts that were settled while a read was under way.
     settled_meanwhile: BTreeSet<AttemptId>,
     /// The executor that gets the next look, so that all get a turn.
@@ -68,14 +69,15 @@ impl Executors {
             ended: EndedProcesses::default(),
             foreign_dead: BTreeMap::new(),
             look_ms: None,
-            reads: (0, 0),
+            reads_begun: 0,
+            reads_ended: 0,
             settled_meanwhile: BTreeSet::new(),
             turn: 0,
             is_leaving: false,
         }
     }
 
-    /// The claims, to record when jobs are due.
+    /// Returns the plan of claims, to record when jobs are due.
     pub fn plan(&mut self) -> &mut ClaimPlan {
         &mut self.plan
     }
@@ -105,13 +107,13 @@ impl Executors {
 
     /// Lets the attempts be read that run according to the store. Pass them to `comparison::compare`.
     pub fn read_running(&mut self) -> ExecutorAction {
-        self.reads.0 += 1;
+        self.reads_begun += 1;
         ExecutorAction::ReadRunning
     }
 
     /// Returns whether a read is under way.
     pub fn is_reading(&self) -> bool {
-        self.reads.0 > self.reads.1
+        self.reads_begun > self.reads_ended
     }
 
     /// Lets the store be read again at this time at the latest.
@@ -121,12 +123,12 @@ impl Executors {
 
     /// Records that a read has ended. Returns its number, and the attempts that were settled meanwhile.
     pub(super) fn end_read(&mut self) -> (u64, BTreeSet<AttemptId>) {
-        self.reads.1 += 1;
-        let settled = match self.reads.0 == self.reads.1 {
+        self.reads_ended += 1;
+        let settled = match self.reads_begun == self.reads_ended {
             true => std::mem::take(&mut self.settled_meanwhile),
             false => self.settled_meanwhile.clone(),
         };
-        (self.reads.1, settled)
+        (self.reads_ended, settled)
     }
 
     /// Records that a read has failed. The executors that wait for it get the result of the next one. That begins after
@@ -144,7 +146,7 @@ impl Executors {
     fn read_for(&mut self, link: u64) -> Actions {
         let read = self.read_running();
         if let Some(executor) = self.all.get_mut(&link) {
-            executor.needs_read = self.reads.0;
+            executor.needs_read = self.reads_begun;
         }
         vec![read]
     }
@@ -351,7 +353,7 @@ impl Executors {
         let Some((link, is_linked, lane, attempt)) = found else {
             return actions;
         };
-        if self.reads.0 > self.reads.1 {
+        if self.is_reading() {
             self.settled_meanwhile.insert(id);
         }
         match reply {
@@ -387,8 +389,8 @@ impl Executors {
         actions
     }
 
-    /// The end of an attempt cannot be stored, because the store is broken. Its executor must not wait for that: after
-    /// a restart the attempt counts as lost.
+    /// Removes an attempt whose end cannot be stored, because the store is broken. Tells its executor, which must not
+    /// wait for that: after a restart the attempt counts as lost.
     pub fn not_settled(&mut self, id: AttemptId) -> Actions {
         let told = self.all.iter_mut().filter_map(|(link, executor)| {
             executor.attempts.remove(&id)?;

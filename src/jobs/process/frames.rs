@@ -5,11 +5,9 @@ use super::calls;
 use super::core::JobsCore;
 use super::links::CallAdmission;
 use super::ticket::CallPlace;
-use crate::link::call_frame::{DecodedCallFrame, Frame};
+use crate::link::call_frame::Frame;
+use crate::link::call_link::MAX_READS;
 use crate::throttle::limiter::SharedLimiter;
-
-/// The largest number of reads from one link before the others get their turn.
-const MAX_READS: usize = 16;
 
 static INVALID_FRAMES: SharedLimiter = SharedLimiter::new();
 
@@ -43,31 +41,21 @@ fn read(core: &mut JobsCore, link: u64) -> bool {
     let Some(peer) = core.links.get_mut(link) else {
         return false;
     };
-    let (received, mut at) = (peer.link.take_received(), 0);
-    let is_understood = loop {
-        match Frame::decode(&received[at..], core.limits.frame) {
-            DecodedCallFrame::Partial => break true,
-            DecodedCallFrame::Invalid => break false,
-            DecodedCallFrame::Whole(frame, used) => {
-                at += used;
-                if !handle(core, link, &frame) {
-                    break false;
-                }
-            }
-        }
-    };
+    let (received, limit) = (peer.link.take_received(), core.limits.frame);
+    let (used, is_understood) =
+        Frame::decode_each(&received, limit, |frame| handle(core, link, frame));
     if !is_understood {
         let text = "a process sent an invalid frame over an internal link: the link is closed";
         INVALID_FRAMES.log(log::Level::Warn, text.to_owned());
     }
     if let Some(peer) = core.links.get_mut(link) {
-        peer.link.put_back(received, at);
+        peer.link.put_back(received, used);
     }
     is_understood
 }
 
 /// Handles a frame of another process. Returns false if that process may not send such a frame.
-fn handle(core: &mut JobsCore, link: u64, frame: &Frame<'_>) -> bool {
+fn handle(core: &mut JobsCore, link: u64, frame: Frame<'_>) -> bool {
     match frame {
         Frame::Call(call) => {
             let number = call.id.number;
@@ -75,12 +63,12 @@ fn handle(core: &mut JobsCore, link: u64, frame: &Frame<'_>) -> bool {
             let state = call.trace.as_deref().and_then(|it| it.state.as_deref());
             let bytes = call.params.len() + state.map_or(0, str::len);
             match core.links.begin_call(place, bytes, core.limits.pipeline) {
-                CallAdmission::Accepted => calls::begin(core, link, call),
+                CallAdmission::Accepted => calls::begin(core, place, &call),
                 CallAdmission::TooManyBytes => calls::refuse_bytes(core, place),
                 CallAdmission::Invalid => return false,
             }
         }
-        Frame::Cancel { id } => calls::give_up(core, CallPlace { link, number: *id }),
+        Frame::Cancel { id } => calls::give_up(core, CallPlace { link, number: id }),
         Frame::AnswerWaits => {
             let jobs = core.waits.finish_link(link);
             calls::read(core, jobs);
@@ -94,7 +82,7 @@ fn handle(core: &mut JobsCore, link: u64, frame: &Frame<'_>) -> bool {
         }
         Frame::Offer { .. } => attempts::offers(core, link),
         Frame::LeaveNoted => {}
-        // It sends no calls.
+        // This process sends no calls, so no answer can follow.
         Frame::Answer(_) | Frame::Returned { .. } => return false,
     }
     true

@@ -75,8 +75,7 @@ fn kill(pid: i32, is_said: bool) {
 
 /// Returns whether the process with this mark still runs.
 fn is_living(mark: &ProcessMark) -> bool {
-    let pid = Pid(mark.pid);
-    process_tree::start_ticks(pid) == Some(mark.start_time) && !process_tree::is_zombie(pid)
+    process_tree::living_since(Pid(mark.pid)) == Some(mark.start_time)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::link::scoreboard::WorkerRecord;
 use crate::protocol::call_id::CallRunner;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
-use crate::sys::event::{Interest, Reactor};
+use crate::sys::event::Reactor;
 use crate::sys::process::Pid;
 
 use super::ticket::CallPlace;
@@ -53,7 +53,6 @@ pub struct JobLink {
     open: HashMap<u64, usize>,
     /// The number under which the reactor watches it.
     watch: u16,
-    interest: Option<Interest>,
 }
 
 /// Whether a call may begin.
@@ -78,15 +77,17 @@ pub struct JobLinks {
     last: u64,
     /// `limits.frame`.
     frame_limit: usize,
+    own_pid: i32,
     /// The bytes of params in the open calls of all sessions.
     open_bytes: usize,
 }
 
 impl JobLinks {
-    /// Without links. `frame_limit` is `limits.frame`.
+    /// Creates an empty table. `frame_limit` is `limits.frame`.
     pub fn new(frame_limit: usize) -> Self {
         JobLinks {
             frame_limit,
+            own_pid: Pid::current().0,
             ..JobLinks::default()
         }
     }
@@ -104,7 +105,6 @@ impl JobLinks {
             end,
             open: HashMap::new(),
             watch,
-            interest: None,
         };
         self.all.insert(self.last, link);
         self.unsettled.insert(self.last);
@@ -173,7 +173,7 @@ impl JobLinks {
 
     /// Queues the answer to a call, if its link still exists. `took_us` is its run time, or 0 if that says nothing.
     pub fn answer(&mut self, call: CallPlace, outcome: Result<Vec<u8>, RpcError>, took_us: u64) {
-        let limit = self.frame_limit;
+        let (limit, process) = (self.frame_limit, self.own_pid);
         self.end_call(call);
         let Some(link) = self.get_mut(call.link) else {
             return;
@@ -183,7 +183,7 @@ impl JobLinks {
             id: call.number,
             took_us,
             runner: CallRunner {
-                process: Pid::current().0,
+                process,
                 ..CallRunner::default()
             },
             name: None,
@@ -212,22 +212,8 @@ impl JobLinks {
             let Some(link) = all.get_mut(number) else {
                 return false;
             };
-            if link.link.has_unsent() {
-                link.link.flush();
-            }
             // A process that does not read its answers is not read either.
-            let wanted = match (link.link.has_unsent(), link.link.is_congested()) {
-                (_, true) => Interest::Write,
-                (true, false) => Interest::Both,
-                (false, false) => Interest::Read,
-            };
-            if link.interest != Some(wanted) {
-                match reactor.watch(link.watch, &link.link, wanted) {
-                    Ok(()) => link.interest = Some(wanted),
-                    Err(error) => log::debug!("a link cannot be watched: {error}"),
-                }
-            }
-            link.interest != Some(Interest::Read)
+            !link.link.settle(link.watch, true, reactor)
         });
     }
 

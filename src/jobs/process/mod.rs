@@ -16,8 +16,8 @@
 //! - [`writer`], [`reader`]: the threads; [`pending`]: the requests that wait for the next group; [`health`]: when a
 //!   store that is away is tried again; [`leftovers`]: which processes must be gone before this instance begins
 //!
-//! A store that cannot be used ends the process at its start, and so fails the start or reload. Later faults end it only
-//! after a failed sync.
+//! A store that cannot be used ends the process at its start, and so fails the start or reload. Later faults end it
+//! only after a failed sync.
 
 mod attempts;
 mod calls;
@@ -61,10 +61,10 @@ use store_mark::StoreMark;
 use waits::Waits;
 
 use crate::jobs::figures::JobFigures;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::store::request::{InstanceInfo, StoreCounts};
 use crate::link::call_frame::longest_payload;
 use crate::logging;
+use crate::protocol::job_id::JobId;
 use crate::sys::event::{Interest, Reactor};
 use crate::sys::memory;
 use crate::sys::process::monotonic_ms;

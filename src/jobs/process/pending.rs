@@ -104,7 +104,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::ticket::CallPlace;
     use super::*;
-    use crate::jobs::policy::id::JobId;
+    use crate::protocol::job_id::JobId;
 
     fn submitted(number: u64) -> SubmittedRequest {
         let request = match number % 2 {

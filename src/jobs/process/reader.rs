@@ -92,9 +92,9 @@ mod tests {
 
     use super::*;
     use crate::jobs::policy::UnixMs;
-    use crate::jobs::policy::id::JobId;
     use crate::jobs::record::{JobDetails, JobRecord};
     use crate::jobs::store::request::{ListFilter, ListPage, RunningAttempt, StoreCounts};
+    use crate::protocol::job_id::JobId;
 
     struct Panicking;
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 use super::health::StoreState;
 use super::ticket::Ticket;
 use crate::jobs::policy::UnixMs;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::record::{JobDetails, JobRecord};
 use crate::jobs::store::Engine;
 use crate::jobs::store::error::StoreError;
@@ -15,6 +14,7 @@ use crate::jobs::store::request::{
     ClaimedJob, FreedAttempt, ListFilter, ListPage, Maintained, RunningAttempt, StoreCounts,
     StoreFacts, StoreReply, StoreRequest,
 };
+use crate::protocol::job_id::JobId;
 
 /// An order to the writing thread.
 pub enum WriterOrder {

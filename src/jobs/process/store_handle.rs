@@ -34,8 +34,8 @@ pub struct StoreHandle {
 }
 
 impl StoreHandle {
-    /// Starts both threads. `mark` is that of this process, `is_shared` returns whether there is another jobs process of
-    /// the instance, and `is_awaited` says whether a start or reload waits for it.
+    /// Starts both threads. `mark` is that of this process, `is_shared` returns whether there is another jobs process
+    /// of the instance, and `is_awaited` says whether a start or reload waits for it.
     ///
     /// # Errors
     /// If a thread cannot be started.

@@ -50,8 +50,8 @@ impl StoreMark {
             }
             is_open |= mark == self.mark | OPEN;
             if mark == self.mark {
-                // If two begin at once, both see it. The one that comes first in the scoreboard keeps its mark, and opens
-                // the store when the other has hidden its own.
+                // If two begin at once, both see it. The one that comes first in the scoreboard keeps its mark, and
+                // opens the store when the other has hidden its own.
                 is_opening = true;
                 if index < self.own {
                     self.show(0);

@@ -3,8 +3,8 @@
 //! The threads of the store pass a ticket back unchanged. Each part of the jobs process that makes requests has
 //! variants of its own here.
 
-use crate::jobs::policy::id::JobId;
 use crate::link::attempt_frame::AttemptId;
+use crate::protocol::job_id::JobId;
 
 /// A call of a worker or session: its link, and its number on that link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

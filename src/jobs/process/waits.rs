@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::ticket::CallPlace;
-use crate::jobs::policy::id::JobId;
+use crate::protocol::job_id::JobId;
 
 #[derive(Debug)]
 struct WaitingCall {

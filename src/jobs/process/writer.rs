@@ -24,7 +24,7 @@ use crate::jobs::open;
 use crate::jobs::policy::retention::RetentionRules;
 use crate::jobs::rules;
 use crate::jobs::store::Engine;
-use crate::jobs::store::error::{StoreError, StoreFault};
+use crate::jobs::store::error::{OpenFault, StoreError, StoreFault};
 use crate::jobs::store::request::{InstanceInfo, StoreReply, StoreRequest};
 use crate::logging::HumanDuration;
 use crate::sys::process::{self, monotonic_ms};
@@ -35,8 +35,8 @@ use crate::worker_init::JobsInstance;
 
 /// The time between two passes of maintenance, in milliseconds.
 const MAINTENANCE_MS: u64 = 10_000;
-/// After a group, the store is left to other processes of the instance for as long as the group took, within these limits
-/// in milliseconds. Otherwise a process with much work would always have the lock.
+/// After a group, the store is left to other processes of the instance for as long as the group took, within these
+/// limits in milliseconds. Otherwise a process with much work would always have the lock.
 const SHARE_MS: RangeInclusive<u64> = 2..=10;
 /// The time between two checks of the processes of an earlier instance, and of the lock while another instance has it.
 const LOOK_MS: u64 = 50;
@@ -235,16 +235,16 @@ impl Writer {
                 self.init.instance.was_opened.set();
                 self.stage = Stage::Joining(engine);
             }
-            Err(error) if self.init.is_awaited && !error.is_away => {
+            Err(error) if self.init.is_awaited && error.fault != OpenFault::Away => {
                 self.init.mark.closed();
                 self.stage = Stage::Ended;
                 self.send(StoreEvent::Refused(error.to_string()));
             }
             Err(error) => {
                 self.init.mark.closed();
-                let fault = match error.is_damaged {
-                    true => StoreFault::Corrupt,
-                    false => StoreFault::Away,
+                let fault = match error.fault {
+                    OpenFault::Damaged => StoreFault::Corrupt,
+                    OpenFault::Away | OpenFault::Unusable => StoreFault::Away,
                 };
                 let text = format!("{}; {}", error.problem, error.remedy);
                 self.failed(StoreError::new(fault, text));

@@ -10,13 +10,13 @@ use super::model_world::ModelEngine;
 use super::request::*;
 use super::{Engine, StoreReader};
 use crate::jobs::policy::enqueue::{DueTime, NewJob};
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::retention::{Retention, RetentionRules};
 use crate::jobs::policy::states::{
     AttemptCause, AttemptEnd, EndReason, JobFate, JobState, RetryRules,
 };
 use crate::jobs::policy::turns::QueueShare;
 use crate::jobs::record::{AttemptOwner, JobDetails, JobRecord, ProcessMark};
+use crate::protocol::job_id::JobId;
 
 /// The time at which each test begins.
 pub const START: u64 = 1_800_000_000_000;

@@ -56,10 +56,18 @@ pub struct OpenError {
     pub problem: String,
     /// What to change.
     pub remedy: String,
-    /// Whether waiting may help: another process still holds the store.
-    pub is_away: bool,
-    /// Whether the store is damaged, so that an operator has to act.
-    pub is_damaged: bool,
+    pub fault: OpenFault,
+}
+
+/// What follows from an [`OpenError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenFault {
+    /// An operator has to change something.
+    Unusable,
+    /// Another process still holds the store, so waiting may help.
+    Away,
+    /// The store is damaged, so an operator has to act before anything is written.
+    Damaged,
 }
 
 impl OpenError {
@@ -72,8 +80,7 @@ impl OpenError {
             path: path.into(),
             problem: problem.into(),
             remedy: remedy.into(),
-            is_away: false,
-            is_damaged: false,
+            fault: OpenFault::Unusable,
         }
     }
 
@@ -81,7 +88,16 @@ impl OpenError {
     #[must_use]
     pub fn damaged(self) -> Self {
         OpenError {
-            is_damaged: true,
+            fault: OpenFault::Damaged,
+            ..self
+        }
+    }
+
+    /// Says that another process still holds the store.
+    #[must_use]
+    pub fn away(self) -> Self {
+        OpenError {
+            fault: OpenFault::Away,
             ..self
         }
     }

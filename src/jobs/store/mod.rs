@@ -30,9 +30,9 @@ use request::{
 };
 
 use super::policy::UnixMs;
-use super::policy::id::JobId;
 use super::policy::retention::RetentionRules;
 use super::record::{InstanceId, JobDetails, JobRecord, ProcessMark};
+use crate::protocol::job_id::JobId;
 
 /// The largest number of bytes of the jobs in a page of an export, except that a page has at least one job.
 pub const EXPORT_PAGE: usize = 4 << 20;

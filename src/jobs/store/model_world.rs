@@ -11,13 +11,13 @@ use super::request::*;
 use super::{Engine, LIST_PAGE, StoreReader};
 use crate::jobs::policy::UnixMs;
 use crate::jobs::policy::enqueue::NewJob;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::retention::RetentionRules;
 use crate::jobs::policy::states::{
     self, AttemptCause, AttemptEnd, EndReason, JobCounters, JobFate, JobState, RetryRules,
 };
 use crate::jobs::policy::turns;
 use crate::jobs::record::{AttemptOwner, InstanceId, JobDetails, JobRecord, ProcessMark};
+use crate::protocol::job_id::JobId;
 use crate::sys::lock::lock;
 
 /// Returns the milliseconds since 1970.
@@ -337,7 +337,7 @@ impl ModelState {
 
     fn retry(&mut self, seq: u64, max_jobs: u64, now: UnixMs) -> Option<LeftAlone> {
         let record = &self.jobs[&seq].details.record;
-        if !matches!(record.state, JobState::Dead | JobState::Cancelled) {
+        if !record.state.may_wait_again() {
             return Some(LeftAlone::Is(record.state));
         }
         if let Some(key) = &record.key

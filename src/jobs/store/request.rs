@@ -2,10 +2,10 @@
 
 use crate::jobs::policy::UnixMs;
 use crate::jobs::policy::enqueue::NewJob;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptEnd, EndReason, JobFate, JobState, RetryRules};
 use crate::jobs::policy::turns::QueueShare;
 use crate::jobs::record::{AttemptOwner, InstanceId, JobDetails, JobRecord, ProcessMark};
+use crate::protocol::job_id::JobId;
 
 /// What the store keeps about an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]

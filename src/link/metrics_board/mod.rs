@@ -30,6 +30,7 @@ use std::sync::atomic::{Ordering::Relaxed, Ordering::Release};
 use crate::link::access_counts::LineBatch;
 use crate::link::ids::Pid;
 use crate::link::slow_calls::{SlowCall, SlowRing};
+use crate::protocol::call::is_reserved;
 use crate::sys::process::monotonic_ns;
 use crate::sys::shared_memory::{growing_file, make_private, make_read_only, read_only, record_at};
 use job_cells::{JobCells, offset_of_jobs};
@@ -212,7 +213,7 @@ impl MetricsBoard {
             methods: methods
                 .map(|(name, kind)| {
                     // The methods of the server itself belong to all others.
-                    if name.starts_with("rpc.") {
+                    if is_reserved(name) {
                         return OTHER as u16;
                     }
                     let place = self.methods.number(name);

@@ -34,13 +34,18 @@ pub fn join_pools(children: &mut Children, pid: Pid) {
 /// Passes the connection of a command to the ready jobs process of the latest generation. Returns false if there
 /// is none, or its link is full.
 pub fn pass_command(children: &Children, connection: BorrowedFd<'_>) -> bool {
-    let jobs = children.living.values();
-    let jobs = jobs.filter(|handle| handle.slot.is_jobs() && handle.is_ready);
-    let Some(latest) = jobs.max_by_key(|handle| handle.generation) else {
+    let Some((pid, _)) = latest_jobs_process(children) else {
         return false;
     };
-    let sent = children.send(latest.pid, Order::JobCommand, Some(connection));
+    let sent = children.send(pid, Order::JobCommand, Some(connection));
     sent.is_ok()
+}
+
+/// Returns the ready jobs process of the latest generation.
+pub fn latest_jobs_process(children: &Children) -> Option<(Pid, &WorkerHandle)> {
+    let all = children.iter();
+    let ready = all.filter(|(_, handle)| handle.slot.is_jobs() && handle.is_ready);
+    ready.max_by_key(|(_, handle)| handle.generation)
 }
 
 /// Links a process with the owner of this scoreboard record. Does nothing if the two must not have a link, such as

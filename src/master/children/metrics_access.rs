@@ -23,7 +23,6 @@ pub fn metrics_access(
         Some(MethodKind::Command(_)) => HandlerKind::Command,
         Some(MethodKind::Pool(_)) => HandlerKind::Pool,
         Some(MethodKind::Builtin(_)) => HandlerKind::Builtin,
-        None if name.starts_with("rpc.") => HandlerKind::Builtin,
         Some(MethodKind::Function) | None => HandlerKind::Function,
     };
     let methods = context.registry.methods().iter();

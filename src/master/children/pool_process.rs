@@ -167,16 +167,16 @@ fn is_same_process(old: &Settings, new: &Settings) -> bool {
     let limits = |settings: &Settings| (settings.limits.frame, settings.limits.depth);
     // A pool process that was forked without the table of sessions cannot be linked with sessions.
     let has_table = old.isolated().next().is_some() || new.isolated().next().is_none();
-    let has_jobs = attempt_drains(old.jobs.as_ref()) == attempt_drains(new.jobs.as_ref());
+    let has_same_drains = attempt_drains(old.jobs.as_ref()) == attempt_drains(new.jobs.as_ref());
     has_table
-        && has_jobs
+        && has_same_drains
         && old.log == new.log
         && times(old) == times(new)
         && limits(old) == limits(new)
 }
 
-/// Returns how long attempts may drain: by default, and for each configured method. `None` without jobs: then a process has neither the
-/// lock of the instance nor a lane for jobs.
+/// Returns how long attempts may drain: by default, and for each configured method. `None` without jobs: then a process
+/// has neither the lock of the instance nor a lane for jobs.
 fn attempt_drains(jobs: Option<&JobsConfig>) -> Option<(Duration, Vec<(&str, Duration)>)> {
     let jobs = jobs?;
     let methods = jobs.methods.iter();

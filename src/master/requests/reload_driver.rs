@@ -168,10 +168,9 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
                 log::warn!("reload: {gone}");
             }
             let restart = serving.settings.restart_warning();
-            for detail in gone.into_iter().chain([restart]).flatten() {
+            for detail in gone.iter().flatten().chain(&restart) {
                 details += &format!("; {detail}");
             }
-            let restart = serving.settings.restart_warning();
             let new = new_warnings(&serving.settings, &before.settings);
             // The details have the one about keys that need a restart.
             for warning in new.filter(|it| Some(*it) != restart.as_ref()) {

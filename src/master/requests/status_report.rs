@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use crate::config::{PoolConfig, Settings};
 use crate::handler::pool::program_record::{ProgramRecord, ProgramState, ProgramView};
 use crate::logging;
+use crate::master::children::joining::latest_jobs_process;
 use crate::master::children::own_programs::PoolOfConnections;
 use crate::master::children::workers::{Children, GenerationContext};
 use crate::master::core::Master;
@@ -83,9 +84,7 @@ pub fn status(master: &Master<'_>, now: Millis) -> Status {
 /// Returns what the jobs process has written last. `None` without `[jobs]`.
 fn jobs(workers: &Children, settings: &Settings, now: Millis) -> Option<JobsStatus> {
     let config = settings.jobs.as_ref()?;
-    let processes = workers.iter().filter(|(_, handle)| handle.slot.is_jobs());
-    let ready = processes.filter(|(_, handle)| handle.is_ready);
-    let latest = ready.max_by_key(|(_, handle)| handle.generation);
+    let latest = latest_jobs_process(workers);
     let written = latest.and_then(|(pid, handle)| {
         let text = workers.metrics.job_status(handle.record_index)?;
         let mut status: JobsStatus = serde_json::from_str(&text).ok()?;

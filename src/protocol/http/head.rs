@@ -3,6 +3,7 @@
 use super::refusal::{RejectedRequest, RequestLimits};
 use super::respond_async::{self, JobRequestHead};
 use super::response::ResponseOptions;
+use crate::protocol::call::is_reserved;
 use crate::protocol::trace_context::{TraceContext, TraceFields};
 use httparse::{EMPTY_HEADER, Error, Header, Status};
 
@@ -143,7 +144,7 @@ pub(super) fn read(
     match ask(method, path, &fields, rules, &mut head) {
         Ok(ask) => {
             // A method of the server itself cannot be a job, and a preference that cannot be followed is ignored.
-            if rules.jobs && matches!(&ask, Ask::Method(name) if !name.starts_with("rpc.")) {
+            if rules.jobs && matches!(&ask, Ask::Method(name) if !is_reserved(name)) {
                 head.job = respond_async::read_headers(request.headers)?;
                 head.reply.is_async = head.job.is_some();
             }

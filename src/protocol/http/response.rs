@@ -93,8 +93,8 @@ pub fn finish(
     out[mark..].rotate_right(head);
 }
 
-/// Appends the response to a preflight request: what a page of a listed origin may do. `has_jobs` is whether requests may
-/// become jobs.
+/// Appends the response to a preflight request: what a page of a listed origin may do. `has_jobs` is whether requests
+/// may become jobs.
 pub fn preflight(
     out: &mut Vec<u8>,
     reply: ResponseOptions,

@@ -19,8 +19,8 @@ use crate::sys::{clone_files, closer, socket as sockets};
 
 /// The largest number of events taken from the kernel at once.
 const BATCH: usize = 256;
-/// The largest number of rounds in which accept queues are drained. A round accepts up to `FAIR_SHARE` connections of each
-/// listener.
+/// The largest number of rounds in which accept queues are drained. A round accepts up to `FAIR_SHARE` connections of
+/// each listener.
 const MOST_ROUNDS: usize = 8192;
 
 /// Event data from here up belong to watches, not to connections.
@@ -348,8 +348,8 @@ impl Reactor {
         }
     }
 
-    /// Records that the driver keeps no connection of the last accept. So if this process dies now, its keeper looks for
-    /// none.
+    /// Records that the driver keeps no connection of the last accept. So if this process dies now, its keeper looks
+    /// for none.
     pub fn note_refused(&self) {
         if let Some(progress) = &self.progress {
             progress.comes(PendingAccept::None);

@@ -36,15 +36,24 @@ struct ActiveLines {
     pid: i32,
 }
 
+/// Counts which lines of its last batch the worker `pid` has written. It has ended, so this process alone counts in its
+/// block.
+pub fn recover_lines(boot: &WorkerInit<'_>, pid: Pid) {
+    if let (Some(_), Some(file)) = (&boot.settings.access_log, &boot.access_file) {
+        let find = |batch: LineBatch| file.recover(pid.0, batch.first_call, batch.position);
+        let counts = BlockWriter::new(boot.metrics.block, false);
+        counts.block.access.recover(find);
+    }
+}
+
 impl CrashedCallLines {
-    /// Recovers what the worker `pid` was writing. It has ended, so this process alone counts in its block.
+    /// Recovers what the worker `pid` was writing, see [`recover_lines`].
     pub fn new(boot: &WorkerInit<'_>, pid: Pid) -> Self {
+        recover_lines(boot, pid);
         let config = boot.settings.access_log.as_ref();
         let both = config.zip(boot.access_file.as_ref());
         let active = both.map(|(config, file)| {
             let counts = BlockWriter::new(boot.metrics.block, false);
-            let find = |batch: LineBatch| file.recover(pid.0, batch.first_call, batch.position);
-            counts.block.access.recover(find);
             let process = LineProcess {
                 pid: pid.0,
                 ..line_process(boot)

@@ -20,6 +20,7 @@ use crate::link::metrics_board::layout::{NAMES, OTHER, labels};
 use crate::link::session_table::SessionRecord;
 use crate::logging::AccessFile;
 use crate::protocol::body::Form;
+use crate::protocol::call::is_reserved;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::{Pid, monotonic_ns};
@@ -35,8 +36,6 @@ const LAST_LINES: Duration = Duration::from_millis(250);
 const OPEN: u64 = u64::MAX;
 /// The kind of the methods of the protocol.
 const BUILTIN: &str = labels::KINDS[0];
-/// What names of such methods begin with.
-const PROTOCOL_METHODS: &str = "rpc.";
 
 /// The access log of a process.
 #[derive(Debug, Default)]
@@ -53,7 +52,7 @@ struct ActiveLog {
     pid: i32,
     /// Name and kind by the place of a method on the metrics board.
     methods: Box<[(&'static str, &'static str)]>,
-    /// The call that is taken or answered now, and the place of its method.
+    /// The call that is taken or answered now.
     current: Box<CallStart>,
     /// The lines of this turn.
     lines: Vec<AccessLine>,
@@ -316,8 +315,7 @@ impl ActiveLog {
                 Some(*kind).filter(|it| !it.is_empty()),
             ),
             None => {
-                let is_protocol = name.starts_with(PROTOCOL_METHODS);
-                let kind = is_protocol.then_some(BUILTIN);
+                let kind = is_reserved(name).then_some(BUILTIN);
                 (Cow::Owned(cut_method(name)), kind)
             }
         };

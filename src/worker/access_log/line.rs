@@ -184,15 +184,16 @@ impl LineWriter {
     /// Returns what a line of the log has: its text, and its members as JSON.
     pub fn log_line(&mut self, line: &AccessLine) -> (String, String) {
         self.set_time(line);
-        let fields = JsonFields {
+        let fields = self.fields(line);
+        let mut text = b"access ".to_vec();
+        append_text(&mut text, &fields);
+        let members = JsonFields {
             start: Some(self.clock.text()),
             // The log has it already.
             slot: None,
-            ..self.fields(line)
+            ..fields
         };
-        let members = serde_json::to_string(&fields).unwrap_or_default();
-        let mut text = b"access ".to_vec();
-        append_text(&mut text, &self.fields(line));
+        let members = serde_json::to_string(&members).unwrap_or_default();
         (String::from_utf8_lossy(&text).into_owned(), members)
     }
 

@@ -159,9 +159,10 @@ impl LineQueue {
         if let Some(session) = self.session {
             session.add_lines(lines.len() as i64);
         }
-        let room = QUEUE.saturating_sub(self.waiting.load(Acquire));
-        let has_thread = self.output.is_none() || self.start();
-        let room = if has_thread { room } else { 0 };
+        let room = match self.start() {
+            true => QUEUE.saturating_sub(self.waiting.load(Acquire)),
+            false => 0,
+        };
         let lost = lines.len().saturating_sub(room);
         if lost > 0 {
             lines.truncate(room);
@@ -186,7 +187,7 @@ impl LineQueue {
         }
     }
 
-    /// Returns whether the thread could be started.
+    /// Starts the thread, unless it runs. Returns whether it runs.
     fn start(&mut self) -> bool {
         let Some(output) = self.output.take() else {
             return true;

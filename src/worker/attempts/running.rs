@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::{EndedAttempt, StopReason};
 use crate::handler::command::in_progress::command_of;
-use crate::handler::job_attempt::{JobAttempt, ProgramEnd, uuid};
+use crate::handler::job_attempt::{JobAttempt, ProgramEnd};
 use crate::handler::trace::{CallIdentity, TraceSource};
 use crate::link::attempt_frame::{
     AttemptEndKind, AttemptFrame, AttemptReport, AttemptStart, ExecutorHello,
@@ -18,6 +18,7 @@ use crate::link::call_frame::Frame;
 use crate::protocol::answer;
 use crate::protocol::call_id::{CallId, CallRunner};
 use crate::protocol::code::Code;
+use crate::protocol::job_id::JobId;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
 use crate::sys::process::Pid;
@@ -40,7 +41,7 @@ pub fn receive(
     is_serving: bool,
 ) -> bool {
     let peer = service.forwarding.peers.get(link);
-    if !peer.is_some_and(|peer| peer.is_jobs_process()) {
+    if !peer.is_some_and(|peer| peer.is_jobs_process) {
         return false;
     }
     match frame {
@@ -92,7 +93,7 @@ fn begin(
         false => TraceSource::Off,
     };
     let (attempt, max_attempts) = (start.attempt, start.max_attempts);
-    let job = JobAttempt::new(uuid(start.id.job), attempt, max_attempts);
+    let job = JobAttempt::new(JobId(start.id.job).to_string(), attempt, max_attempts);
     let pid = Pid::current().0;
     let deadline_ms = service.now_ms.saturating_add(start.timeout_ms);
     let attempt = AttemptCall {
@@ -291,12 +292,12 @@ fn end_of(
         (_, Some(StopReason::TimedOut)) => {
             let text = "its timeout passed before it was done";
             let error = RpcError::of(Code::Timeout, text, true);
-            (AttemptEndKind::Error, Some(error_json(&error)))
+            (AttemptEndKind::Error, Some(answer::bare_error_text(&error)))
         }
         (Ok(result), None | Some(StopReason::Cancelled)) => {
             match result_json(result, facts.limit) {
                 Ok(json) => (AttemptEndKind::Result, Some(json)),
-                Err(error) => (AttemptEndKind::Error, Some(error_json(&error))),
+                Err(error) => (AttemptEndKind::Error, Some(answer::bare_error_text(&error))),
             }
         }
         (Err(error), None | Some(StopReason::Cancelled)) => {
@@ -323,11 +324,11 @@ fn end_of(
                 },
                 _ => AttemptEndKind::Error,
             };
-            let json = error_json(&error);
+            let json = answer::bare_error_text(&error);
             // A report that is longer than a frame would end the link each time.
             let json = match check_size(json.len(), facts.limit) {
                 Ok(()) => json,
-                Err(error) => error_json(&error),
+                Err(error) => answer::bare_error_text(&error),
             };
             (kind, Some(json))
         }
@@ -345,12 +346,6 @@ fn result_json(result: Vec<u8>, limit: usize) -> Result<String, RpcError> {
         let text = "the result is not UTF-8";
         never(RpcError::of(Code::BadOutput, text, true))
     })
-}
-
-fn error_json(error: &RpcError) -> String {
-    let mut json = Vec::new();
-    answer::bare_error(&mut json, error, None);
-    String::from_utf8(json).expect("an error is written as text")
 }
 
 /// Queues a frame for a jobs process. If the link has ended, the report is sent over the next one.
@@ -391,7 +386,7 @@ pub fn note_processes(service: &mut CallDispatcher) {
 /// Handles a link that was added. If it leads to a jobs process, sends it what it must know about this process.
 pub fn link_added(service: &mut CallDispatcher, link: Option<usize>) {
     let peers = &service.forwarding.peers;
-    let is_jobs = |link: &usize| peers.get(*link).is_some_and(|it| it.is_jobs_process());
+    let is_jobs = |link: &usize| peers.get(*link).is_some_and(|it| it.is_jobs_process);
     // A session runs no attempts.
     let is_executor = !service.forwarding.is_session;
     let Some(link) = link.filter(|link| is_executor && is_jobs(link)) else {
@@ -400,7 +395,7 @@ pub fn link_added(service: &mut CallDispatcher, link: Option<usize>) {
     let generation = service.forwarding.peers[link].generation;
     let others = service.forwarding.peers.iter_mut();
     for (_, other) in others.filter(|(other, _)| *other != link) {
-        other.is_replaced |= other.is_jobs_process() && other.generation == generation;
+        other.is_replaced |= other.is_jobs_process && other.generation == generation;
     }
     let (attempts, reports) = service.attempts.linked(link);
     let hello = ExecutorHello {
@@ -420,7 +415,7 @@ pub fn link_ended(service: &mut CallDispatcher, link: usize) {
     service.attempts.link_ended(link);
     if service.attempts.count() > 0 {
         let peers = service.forwarding.peers.iter();
-        let jobs = peers.filter(|(_, peer)| peer.is_jobs_process() && !peer.is_replaced);
+        let jobs = peers.filter(|(_, peer)| peer.is_jobs_process && !peer.is_replaced);
         let other = jobs.last();
         let other = other.map(|(link, _)| link);
         link_added(service, other);

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 use crate::link::quarantine::WITHOUT_KEY;
-use crate::sys::shared_memory::shared_record;
+use crate::sys::shared_memory::{shared_record, store_u128};
 
 /// The words of an id. A longer id is not recorded (a UUID with its quotes has 38 bytes).
 pub const ID_WORDS: usize = 11;
@@ -109,18 +109,14 @@ impl CallRef {
         if let Some(entry) = self.0 {
             entry.read_ns.store(read_ns, Relaxed);
             entry.received_bytes.store(received_bytes as u64, Relaxed);
-            entry
-                .trace_id
-                .iter()
-                .for_each(|half| half.store(0, Relaxed));
+            store_u128(&entry.trace_id, 0);
         }
     }
 
     /// Records its trace, likewise.
     pub fn set_trace(self, trace_id: u128) {
         if let Some(entry) = self.0 {
-            entry.trace_id[0].store((trace_id >> 64) as u64, Relaxed);
-            entry.trace_id[1].store(trace_id as u64, Relaxed);
+            store_u128(&entry.trace_id, trace_id);
         }
     }
 

@@ -33,10 +33,10 @@ use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::sys::event::UnsentData;
 use crate::sys::event::io_progress::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
 use crate::sys::process::{Fork, Pid, exit_now, monotonic, unix_seconds};
-use crate::sys::shared_memory::load_text;
+use crate::sys::shared_memory::{load_text, load_u128};
 use crate::sys::socket::{Bound, peer, reset_when_closed};
 use crate::sys::{clone_files, descriptor};
-use crate::worker::access_log::crashed_calls::CrashedCallLines;
+use crate::worker::access_log::crashed_calls::{self, CrashedCallLines};
 use crate::worker_init::WorkerInit;
 
 /// Records beyond `limits.connections`, because adopted or queued connections may exceed it.
@@ -106,8 +106,8 @@ fn run_keeper(
         };
         recover_connections(boot, book, (buffer, &unrecorded, pending), (end, pid));
     } else {
-        // It may have been killed while the server stops.
-        drop(CrashedCallLines::new(boot, pid));
+        // The worker may have been killed while the server stops. Its written lines count all the same.
+        crashed_calls::recover_lines(boot, pid);
     }
     exit_now(0);
 }
@@ -296,8 +296,7 @@ fn call(entry: &CallRecord, ids: Option<i32>) -> UnansweredCall {
         number: entry.number.load(Relaxed),
         read_ns: entry.read_ns.load(Relaxed),
         received_bytes: entry.received_bytes.load(Relaxed) as usize,
-        trace_id: u128::from(entry.trace_id[0].load(Relaxed)) << 64
-            | u128::from(entry.trace_id[1].load(Relaxed)),
+        trace_id: load_u128(&entry.trace_id),
     }
 }
 

@@ -41,12 +41,12 @@ fn is_from_outside(child: ReapedChild) -> bool {
 
 impl ProgramSupervisor {
     /// Ends a process that has closed its socket or must go. Returns how it ended, as a text and as a
-    /// status.
+    /// status, and whether it ended by itself.
     pub(super) fn how_it_ended(
         &self,
         mut process: Process,
         now: Millis,
-    ) -> (String, Option<ReapedChild>) {
+    ) -> (String, Option<ReapedChild>, bool) {
         // At an exit, descriptors are closed before the exit can be seen.
         let by_itself = process.ends_soon();
         let ended = process.end(now);
@@ -65,7 +65,7 @@ impl ProgramSupervisor {
             }
             None => "did not exit after SIGKILL".into(),
         };
-        (what, ended)
+        (what, ended, by_itself)
     }
 
     /// Records an unexpected death of a program that was started at `since`. `ended` is `None` if it was
@@ -109,13 +109,14 @@ impl ProgramSupervisor {
         let pid = serving.process.pid();
         let health = serving.usage.health(now);
         let oom_kills = serving.process.oom_kills;
-        let (what, ended) = match why {
+        let (what, ended, by_itself) = match why {
             Why::Died => self.how_it_ended(serving.process, now),
             Why::Broken(problem) => (
                 format!("was killed, because it sent no valid answer: {problem}"),
                 serving.process.end(now),
+                false,
             ),
-            Why::GivenUp | Why::Leaving => (String::new(), serving.process.end(now)),
+            Why::GivenUp | Why::Leaving => (String::new(), serving.process.end(now), false),
         };
         pool.count_exit(match (why, ended.map(|child| child.exit)) {
             (Why::Leaving, _) => ProgramExit::Ordered,
@@ -125,7 +126,7 @@ impl ProgramSupervisor {
             (Why::Died, _) => ProgramExit::Signal,
         });
         // If we have killed it, SIGKILL says nothing about the cause.
-        let is_killed = what.starts_with("was ended by") && ended.is_some_and(is_from_outside);
+        let is_killed = by_itself && ended.is_some_and(is_from_outside);
         let is_sigkill = ended.is_some_and(|child| child.exit.is_signal(Signal::SIGKILL));
         // The OOM killer may have killed other processes meanwhile, so this is not certain.
         let is_out_of_memory =

@@ -209,7 +209,7 @@ impl ProgramSupervisor {
             && let Some(fresh) = self.fresh.take()
         {
             let (pid, since) = (fresh.process.pid(), fresh.since);
-            let (what, ended) = self.how_it_ended(fresh.process, now);
+            let (what, ended, _) = self.how_it_ended(fresh.process, now);
             let what = format!("{what} before it was ready");
             self.post.pool.count_exit(ProgramExit::Boot);
             self.record_death((pid, since), ended, None, &what);

@@ -8,12 +8,12 @@ use rusqlite::{CachedStatement, Connection, OptionalExtension, Params, Row};
 use super::super::request::StoreLimits;
 use super::rows::LiveRow;
 use crate::jobs::policy::UnixMs;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptCause, EndReason, JobState};
+use crate::protocol::job_id::JobId;
 
 /// The state of a group.
 pub struct SqlBatch<'c> {
-    connection: &'c Connection,
+    pub(super) connection: &'c Connection,
     /// The time of the whole group.
     pub now: UnixMs,
     pub limits: StoreLimits,
@@ -36,17 +36,6 @@ pub struct JobEnd<'a> {
 }
 
 impl<'c> SqlBatch<'c> {
-    pub fn new(connection: &'c Connection, now: UnixMs, limits: StoreLimits) -> Self {
-        SqlBatch {
-            connection,
-            now,
-            limits,
-            is_full: false,
-            live: 0,
-            written: 0,
-        }
-    }
-
     /// Executes a statement. Returns the number of changed rows.
     pub fn execute(&self, sql: &str, params: impl Params) -> rusqlite::Result<usize> {
         self.connection.prepare_cached(sql)?.execute(params)

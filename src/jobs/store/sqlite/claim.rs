@@ -3,9 +3,9 @@
 use super::super::request::{ClaimRequest, ClaimedJob};
 use super::batch::{SqlBatch, sql_int};
 use super::rows;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::turns;
 use crate::jobs::record::{AttemptOwner, ProcessMark};
+use crate::protocol::job_id::JobId;
 
 /// Claims due jobs of the queues in their turn. Paused queues have none.
 pub fn claim(

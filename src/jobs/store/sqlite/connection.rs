@@ -57,6 +57,12 @@ pub fn checkpoint(connection: &Connection, mode: &str) -> rusqlite::Result<(bool
     connection.query_row(&sql, [], |row| Ok((row.get(0)?, row.get(1)?)))
 }
 
+/// Returns the value of a pragma that is a number.
+pub fn pragma(connection: &Connection, name: &str) -> rusqlite::Result<u64> {
+    let value = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    value.map(i64::unsigned_abs)
+}
+
 /// Returns a number that differs after another connection has changed the file.
 pub fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "data_version", |row| row.get(0))

@@ -4,9 +4,9 @@ use super::super::request::{EnqueueReply, EnqueuedJob};
 use super::batch::{SqlBatch, sql_int};
 use super::rows;
 use crate::jobs::policy::enqueue::NewJob;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptCause, EndReason, JobState};
 use crate::jobs::record::JobDetails;
+use crate::protocol::job_id::JobId;
 
 /// Stores all of these jobs or none.
 pub fn enqueue(batch: &mut SqlBatch<'_>, jobs: &[NewJob]) -> rusqlite::Result<EnqueueReply> {

@@ -9,6 +9,10 @@ use rusqlite::{Error, ErrorCode, ffi};
 
 use super::super::error::{OpenError, StoreError, StoreFault};
 
+/// What to do about a damaged file.
+pub const RESTORE: &str =
+    "restore it from `preforkd job export`, or name another file in jobs.store";
+
 /// Returns the fault behind an error.
 pub fn fault_of(error: &Error) -> StoreFault {
     let Error::SqliteFailure(code, _) = error else {
@@ -41,16 +45,16 @@ pub fn commit_error(error: &Error) -> StoreError {
     }
 }
 
+/// Returns the error for a file whose content is damaged.
+pub fn damaged(path: &Path, said: &str) -> OpenError {
+    OpenError::new(path, format!("it is damaged ({said})"), RESTORE).damaged()
+}
+
 /// Returns why a file is refused after SQLite could not read it.
 pub fn refused(error: &Error, path: &Path) -> OpenError {
     let said = text(error);
     match fault_of(error) {
-        StoreFault::Corrupt => OpenError::new(
-            path,
-            format!("it is damaged ({said})"),
-            "restore it from `preforkd job export`, or name another file in jobs.store",
-        )
-        .damaged(),
+        StoreFault::Corrupt => damaged(path, &said),
         StoreFault::Full => OpenError::new(
             path,
             format!("the disk is full ({said})"),
@@ -61,14 +65,17 @@ pub fn refused(error: &Error, path: &Path) -> OpenError {
             format!("its disk does not store it ({said})"),
             "look for errors of the disk in the kernel's log",
         ),
-        StoreFault::Away => OpenError {
-            is_away: matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseBusy)),
-            ..OpenError::new(
+        StoreFault::Away => {
+            let refused = OpenError::new(
                 path,
                 format!("it cannot be opened ({said})"),
                 "check that the server's user may read and write the file and its directory",
-            )
-        },
+            );
+            match error.sqlite_error_code() {
+                Some(ErrorCode::DatabaseBusy) => refused.away(),
+                _ => refused,
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! likely misspelled. Each refusal names the path, the reason and the remedy.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek};
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use nix::sys::statfs::{FsType, statfs};
 use nix::unistd::{AccessFlags, access};
 
 use super::super::error::OpenError;
+use super::fault::RESTORE;
 use super::wal::{self, WalState};
 
 /// The first bytes of each SQLite database.
@@ -223,10 +224,8 @@ fn check_file(path: &Path, metadata: &fs::Metadata) -> Result<bool, OpenError> {
         ));
     }
     let read = || -> io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        file.rewind()?;
         let mut header = Vec::new();
-        file.take(100).read_to_end(&mut header)?;
+        File::open(path)?.take(100).read_to_end(&mut header)?;
         Ok(header)
     };
     let header = read().map_err(|error| unreadable(path, &error))?;
@@ -251,9 +250,9 @@ fn check_file(path: &Path, metadata: &fs::Metadata) -> Result<bool, OpenError> {
     Ok(true)
 }
 
-/// Returns whether the power failed while SQLite wrote the first page of a new database. Then the file may hold anything.
-/// SQLite empties it by the rollback journal when it is opened for writing. The journal of a new database says that it
-/// had no pages ("The Rollback Journal" in SQLite's "Database File Format").
+/// Returns whether the power failed while SQLite wrote the first page of a new database. Then the file may hold
+/// anything. SQLite empties it by the rollback journal when it is opened for writing. The journal of a new database
+/// says that it had no pages ("The Rollback Journal" in SQLite's "Database File Format").
 fn is_creation_cut_off(path: &Path) -> bool {
     let mut header = [0; 20];
     let journal = File::open(beside(path, "-journal"));
@@ -265,7 +264,7 @@ fn truncated(path: &Path, length: u64, expected: u64) -> OpenError {
     OpenError::new(
         path,
         format!("it was cut off: it has {length} bytes of {expected}"),
-        "restore it from `preforkd job export`, or name another file in jobs.store",
+        RESTORE,
     )
     .damaged()
 }

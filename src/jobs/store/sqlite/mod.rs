@@ -77,8 +77,8 @@ pub struct SqliteEngine {
 }
 
 /// Opens a store, and creates it at the [`Opening::First`] if its file does not exist. The caller holds the instance
-/// lock. `secret` are random bytes for a new store. No other connection to the store may be open in this process: closing any descriptor
-/// of a file releases all locks that the process has on it (fcntl(2)).
+/// lock. `secret` are random bytes for a new store. No other connection to the store may be open in this process:
+/// closing any descriptor of a file releases all locks that the process has on it (fcntl(2)).
 ///
 /// # Errors
 /// Each says what is wrong with the store and what to change.
@@ -117,24 +117,12 @@ pub fn open(
     let mode = if is_shared { "PASSIVE" } else { "TRUNCATE" };
     let (is_busy, _) = checkpoint(&connection, mode).map_err(refused)?;
     if is_busy && !is_shared {
-        return Err(OpenError {
-            is_away: true,
-            ..OpenError::new(&path, "another process uses it", "stop that process")
-        });
+        return Err(OpenError::new(&path, "another process uses it", "stop that process").away());
     }
     check_pages(&connection, &path)?;
     let data_version = data_version(&connection).map_err(refused)?;
-    let counts = "SELECT count(*) FILTER (WHERE running = 0), count(*) FILTER (WHERE running = 1) FROM queue";
-    let (waiting, running) = connection
-        .query_row(counts, [], |row| {
-            Ok((rows::number(row, 0)?, rows::number(row, 1)?))
-        })
-        .map_err(refused)?;
-    let meta = |name: &str| {
-        let sql = "SELECT value FROM meta WHERE name = ?1";
-        connection.query_row(sql, [name], |row| row.get::<_, Vec<u8>>(0))
-    };
-    let secret = meta("secret").map_err(refused)?;
+    let (waiting, running) = read::live_counts(&connection).map_err(refused)?;
+    let secret = meta(&connection, "secret").map_err(refused)?;
     let is_full = is_full(&connection).map_err(refused)?;
     let facts = StoreFacts {
         location: path.display().to_string(),
@@ -204,39 +192,37 @@ pub fn inspect(configured: &Path, is_thorough: bool) -> Result<Option<StoreFacts
             .query_row(check, [], |row| row.get(0))
             .map_err(refused)?;
         if said != "ok" {
-            return Err(OpenError::new(
-                &path,
-                format!("it is damaged ({said})"),
-                "restore it from `preforkd job export`, or name another file in jobs.store",
-            ));
+            return Err(fault::damaged(&path, &said));
         }
     }
-    let mut reader = SqliteReader::new(connection);
-    let counts = reader.live_counts().map_err(|error| {
+    let (waiting, running) = read::live_counts(&connection).map_err(|error| {
+        let error = read::failed(&error);
         OpenError::new(&path, format!("it cannot be read ({error})"), "restore it")
     })?;
     Ok(Some(StoreFacts {
         location: path.display().to_string(),
         schema,
         is_durable: place.is_durable,
-        waiting: counts.0,
-        running: counts.1,
+        waiting,
+        running,
     }))
+}
+
+/// Returns a value that the store keeps of itself.
+fn meta(connection: &Connection, name: &str) -> rusqlite::Result<Vec<u8>> {
+    let sql = "SELECT value FROM meta WHERE name = ?1";
+    connection.query_row(sql, [name], |row| row.get(0))
 }
 
 /// Returns whether the store was over `max-size` when it was measured last.
 fn is_full(connection: &Connection) -> rusqlite::Result<bool> {
-    let sql = "SELECT value FROM meta WHERE name = 'full'";
-    let full: Vec<u8> = connection.query_row(sql, [], |row| row.get(0))?;
+    let full = meta(connection, "full")?;
     Ok(full.first().is_some_and(|byte| *byte != 0))
 }
 
 /// Refuses a file that is shorter than its pages.
 fn check_pages(connection: &Connection, path: &Path) -> Result<(), OpenError> {
-    let pragma = |name: &str| {
-        let value = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-        value.map(i64::unsigned_abs)
-    };
+    let pragma = |name| connection::pragma(connection, name);
     let read = || Ok((pragma("page_count")?, pragma("page_size")?));
     let (pages, size) = read().map_err(|error| fault::refused(&error, path))?;
     // Pages that are in the log alone are not missing.
@@ -280,8 +266,14 @@ impl SqliteEngine {
             self.is_full = is_full(&transaction).map_err(failed)?;
             self.data_version = version;
         }
-        let mut batch = SqlBatch::new(&transaction, now, self.limits);
-        (batch.live, batch.is_full) = (self.live, self.is_full);
+        let mut batch = SqlBatch {
+            connection: &transaction,
+            now,
+            limits: self.limits,
+            is_full: self.is_full,
+            live: self.live,
+            written: 0,
+        };
         let done = act(&mut batch, &mut self.scan).map_err(failed)?;
         let (live, is_full, written) = (batch.live, batch.is_full, batch.written);
         transaction
@@ -294,12 +286,7 @@ impl SqliteEngine {
 
     /// Returns bytes of data and indexes, without free pages.
     fn size(&self) -> Result<u64, StoreError> {
-        let pragma = |name: &str| {
-            let value = self
-                .connection
-                .pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-            value.map(i64::unsigned_abs)
-        };
+        let pragma = |name| connection::pragma(&self.connection, name);
         let read = || {
             let used = pragma("page_count")?.saturating_sub(pragma("freelist_count")?);
             Ok(used * pragma("page_size")?)

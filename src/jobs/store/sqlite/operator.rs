@@ -3,9 +3,9 @@
 use super::super::request::{JobSelection, LeftAlone, ListCursor, Selected};
 use super::batch::{SqlBatch, sql_int};
 use super::rows;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::retention::{RetentionRules, RetentionScan, RetentionStep};
 use crate::jobs::policy::states::JobState;
+use crate::protocol::job_id::JobId;
 
 /// The largest number of rows that a request by state looks at, so that other requests do not wait long.
 const MOST_ROWS: usize = 2_000;
@@ -23,7 +23,7 @@ struct Chosen {
 /// Lets dead and cancelled jobs wait again.
 pub fn retry(batch: &mut SqlBatch<'_>, selection: &JobSelection) -> rusqlite::Result<Selected> {
     for_each(batch, selection, |batch, job| {
-        if !matches!(job.state, JobState::Dead | JobState::Cancelled) {
+        if !job.state.may_wait_again() {
             return Ok(Some(LeftAlone::Is(job.state)));
         }
         if let Some(key) = &job.key {
@@ -212,8 +212,7 @@ fn by_state(
     let (mut chosen, mut seen, mut last) = (Vec::new(), 0, None);
     while chosen.len() < most {
         let Some(job) = rows.next().transpose()? else {
-            let is_end = seen < MOST_ROWS;
-            return Ok((chosen, last.filter(|_| !is_end)));
+            return Ok((chosen, last.filter(|_| seen == MOST_ROWS)));
         };
         seen += 1;
         last = Some(job.end);

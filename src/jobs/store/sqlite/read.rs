@@ -14,9 +14,9 @@ use super::super::{EXPORT_PAGE, LIST_PAGE};
 use super::batch::sql_int;
 use super::{fault, rows};
 use crate::jobs::policy::UnixMs;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::JobState;
 use crate::jobs::record::{InstanceId, JobDetails, JobRecord, ProcessMark};
+use crate::protocol::job_id::JobId;
 
 /// The largest number of rows that a page of a list reads.
 const MOST_ROWS: usize = 20_000;
@@ -33,15 +33,6 @@ impl SqliteReader {
         SqliteReader { connection }
     }
 
-    /// Returns the numbers of waiting and running jobs.
-    pub fn live_counts(&mut self) -> Result<(u64, u64), StoreError> {
-        let sql = "SELECT count(*) FILTER (WHERE running = 0), count(*) FILTER (WHERE running = 1) FROM queue";
-        let counts = self.connection.query_row(sql, [], |row| {
-            Ok((rows::number(row, 0)?, rows::number(row, 1)?))
-        });
-        counts.map_err(|error| failed(&error))
-    }
-
     fn one<T>(
         &mut self,
         sql: &str,
@@ -54,6 +45,14 @@ impl SqliteReader {
         };
         first().map_err(|error| failed(&error))
     }
+}
+
+/// Returns the numbers of waiting and running jobs.
+pub fn live_counts(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
+    let sql = "SELECT count(*) FILTER (WHERE running = 0), count(*) FILTER (WHERE running = 1) FROM queue";
+    connection.query_row(sql, [], |row| {
+        Ok((rows::number(row, 0)?, rows::number(row, 1)?))
+    })
 }
 
 impl StoreReader for SqliteReader {
@@ -101,7 +100,7 @@ impl StoreReader for SqliteReader {
     }
 }
 
-fn failed(error: &rusqlite::Error) -> StoreError {
+pub fn failed(error: &rusqlite::Error) -> StoreError {
     fault::store_error("read the store", error)
 }
 

@@ -6,9 +6,9 @@ use rusqlite::types::{FromSqlError, Type};
 use rusqlite::{Error, Result, Row};
 
 use crate::jobs::policy::UnixMs;
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{AttemptCause, EndReason, JobCounters, JobState};
 use crate::jobs::record::{AttemptOwner, JobDetails, JobRecord, ProcessMark};
+use crate::protocol::job_id::JobId;
 
 /// What a decision about a live job needs.
 #[derive(Debug, Clone)]

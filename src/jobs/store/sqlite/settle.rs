@@ -5,11 +5,11 @@ use super::super::request::{
 };
 use super::batch::{JobEnd, SqlBatch, sql_int};
 use super::rows::{self, LiveRow};
-use crate::jobs::policy::id::JobId;
 use crate::jobs::policy::states::{
     self, AttemptCause, AttemptEnd, EndReason, JobFate, JobState, RetryRules,
 };
 use crate::jobs::record::InstanceId;
+use crate::protocol::job_id::JobId;
 
 /// The error that a job keeps if its instance ended during the attempt.
 const LOST: &str = r#"{"code":-32003,"name":"crashed","message":"the server that ran this attempt ended","started":true}"#;

@@ -11,7 +11,7 @@ use rusqlite::Connection;
 use tempfile::TempDir;
 
 use super::super::conformance_tests::{LIMITS, START, id, instance_info, job, retention};
-use super::super::error::StoreFault;
+use super::super::error::{OpenFault, StoreFault};
 use super::super::request::*;
 use super::wal::{self, WalState};
 use super::*;
@@ -840,11 +840,11 @@ fn a_store_that_is_gone_is_created_only_by_a_server_that_starts() {
     for opening in [Opening::Again, Opening::Beside] {
         fs::write(&path, "").unwrap();
         let refused = open_as(&path, opening).err().unwrap();
-        assert!(refused.is_damaged, "{refused}");
+        assert_eq!(refused.fault, OpenFault::Damaged, "{refused}");
         assert!(refused.to_string().contains("moved, deleted or emptied"));
         fs::remove_file(&path).unwrap();
         let refused = open_as(&path, opening).err().unwrap();
-        assert!(refused.is_damaged, "{refused}");
+        assert_eq!(refused.fault, OpenFault::Damaged, "{refused}");
         assert!(!path.exists());
     }
     assert!(at(&path).is_ok());
@@ -864,7 +864,7 @@ fn a_log_without_its_database_is_kept() {
     fs::remove_file(&path).unwrap();
     for _ in 0..2 {
         let refused = at(&path).err().unwrap();
-        assert!(refused.is_damaged, "{refused}");
+        assert_eq!(refused.fault, OpenFault::Damaged, "{refused}");
         assert!(refused.to_string().contains("its write-ahead log"));
         assert!(inspect(&path, false).is_err());
         assert_eq!(fs::read(&log).unwrap(), content);
@@ -886,7 +886,7 @@ fn a_store_in_use_is_opened_only_beside_a_process_of_the_instance() {
     assert_eq!(count(()).unwrap(), 1);
     assert!(is_stored(&enqueue(&mut one, 2)));
     let refused = at(&path).err().unwrap();
-    assert!(refused.is_away, "{refused}");
+    assert_eq!(refused.fault, OpenFault::Away, "{refused}");
     let mut two = open_as(&path, Opening::Beside).unwrap();
     assert!(is_stored(&enqueue(&mut two, 3)));
     assert_eq!(count(()).unwrap(), 1);

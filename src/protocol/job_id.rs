@@ -8,21 +8,20 @@ use std::fmt;
 
 use hmac_sha256::HMAC;
 
-use super::UnixMs;
-
 /// The id of a job.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(pub [u8; 16]);
 
 /// The number of characters of an id.
-pub const ID_LENGTH: usize = 36;
+const ID_LENGTH: usize = 36;
 
 /// The positions of the hyphens.
 const HYPHENS: [usize; 4] = [8, 13, 18, 23];
 
 impl JobId {
-    /// Creates an id of version 7 from the time and random bits. Of the 80 bits, 74 are used.
-    pub fn at(now: UnixMs, random: [u8; 10]) -> Self {
+    /// Creates an id of version 7 from the time, in milliseconds since 1970 (UTC), and random bits. Of the 80 bits, 74
+    /// are used.
+    pub fn at(now: u64, random: [u8; 10]) -> Self {
         let mut bytes = [0; 16];
         bytes[..6].copy_from_slice(&now.to_be_bytes()[2..]);
         bytes[6..].copy_from_slice(&random);
@@ -54,7 +53,8 @@ impl JobId {
         JobId(bytes).with_version(8)
     }
 
-    /// Returns whether the server, or a client that chose it, has derived this id from other text.
+    /// Returns whether the id has version 8. The server derives such ids from an `Idempotency-Key`, and a client may
+    /// choose one.
     pub fn is_derived(self) -> bool {
         self.0[6] >> 4 == 8
     }
