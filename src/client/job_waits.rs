@@ -15,9 +15,10 @@ use crossbeam_channel::{Receiver, Select, TryRecvError};
 use super::error::ClientError;
 use super::handle::Handle;
 use super::job_info::JobInfo;
-use super::jobs::{JobParams, WAIT};
+use super::jobs::JobParams;
 use super::pipeline::Pipeline;
 use super::pool_thread::Shared;
+use crate::protocol::call::JOB_WAIT;
 
 /// The largest number of waits at one time. A server reads at least this number of calls ahead (`limits.pipeline`).
 const MOST_WAITS: usize = 64;
@@ -158,7 +159,7 @@ impl JobWaiter {
             job,
             timeout_ms: Some(WAIT_MS),
         };
-        pipeline.submit(WAIT, params)
+        pipeline.submit(JOB_WAIT, params)
     }
 
     /// Sends the wait again later, or passes on the error.

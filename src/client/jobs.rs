@@ -12,12 +12,9 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::connection::{Client, whole_millis};
 use super::error::ClientError;
 use super::job_info::JobInfo;
+use crate::protocol::call::{JOB_CANCEL, JOB_ENQUEUE, JOB_GET, JOB_WAIT};
 use crate::protocol::job_id::JobId;
 use crate::sys::{process, random};
-
-/// The methods of the server.
-pub(super) const ENQUEUE: &str = "rpc.job.enqueue";
-pub(super) const WAIT: &str = "rpc.job.wait";
 
 /// A job that the server has stored.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -153,7 +150,10 @@ impl Client {
         };
         let id = options.id.as_deref().or(new_id.as_deref());
         let id = id.unwrap_or_default();
-        self.call(ENQUEUE, EnqueueParams::new((method, &params), id, options))
+        self.call(
+            JOB_ENQUEUE,
+            EnqueueParams::new((method, &params), id, options),
+        )
     }
 
     /// Returns the state of a job, given by its handle or its id.
@@ -161,7 +161,7 @@ impl Client {
     /// # Errors
     /// As for [`Client::call`]. An unknown or removed job is refused as `no-such-job`.
     pub fn job(&mut self, job: impl AsRef<str>) -> Result<JobInfo, ClientError> {
-        self.call("rpc.job.get", JobParams::of(job.as_ref()))
+        self.call(JOB_GET, JobParams::of(job.as_ref()))
     }
 
     /// Waits until a job has ended, however long that takes, and returns its result. The timeout of the client
@@ -180,7 +180,7 @@ impl Client {
                 timeout_ms,
                 ..JobParams::of(job.as_ref())
             };
-            let info: JobInfo = self.call(WAIT, params)?;
+            let info: JobInfo = self.call(JOB_WAIT, params)?;
             if info.ended {
                 return result_of(info);
             }
@@ -195,7 +195,7 @@ impl Client {
     /// # Returns
     /// False if the job had ended before.
     pub fn cancel_job(&mut self, job: impl AsRef<str>) -> Result<bool, ClientError> {
-        self.call("rpc.job.cancel", JobParams::of(job.as_ref()))
+        self.call(JOB_CANCEL, JobParams::of(job.as_ref()))
     }
 }
 

@@ -14,10 +14,11 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::error::ClientError;
 use super::handle::Handle;
 use super::job_waits::{JobWait, JobWaiter};
-use super::jobs::{ENQUEUE, EnqueueOptions, EnqueueParams, JobHandle, new_job_id, result_of};
+use super::jobs::{EnqueueOptions, EnqueueParams, JobHandle, new_job_id, result_of};
 use super::pool_thread::{ClientCall, ConnectionHandle, PoolThread, Shared};
 use super::reply::Reply;
 use super::retry::Retry;
+use crate::protocol::call::JOB_ENQUEUE;
 use crate::sys::lock::lock;
 
 /// The options of a pool.
@@ -225,7 +226,7 @@ impl Pool {
             }
         };
         self.start_call(ClientCall {
-            method: ENQUEUE.into(),
+            method: JOB_ENQUEUE.into(),
             params: params.into(),
             is_repeatable: true,
             done: Box::new(stored),

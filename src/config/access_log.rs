@@ -13,9 +13,17 @@ use super::remedies::nearest;
 use super::settings::{AccessLogConfig, LogConfig, LogFormat, MethodConfig};
 use super::units::DurationValue;
 use crate::error::Result;
+use crate::protocol::call;
 
 /// The methods of the protocol itself.
-const PROTOCOL_METHODS: [&str; 2] = ["rpc.cancel", "rpc.discover"];
+const PROTOCOL_METHODS: [&str; 2] = [call::CANCEL, call::DISCOVER];
+/// The methods that `[jobs]` adds.
+const JOB_METHODS: [&str; 4] = [
+    call::JOB_ENQUEUE,
+    call::JOB_GET,
+    call::JOB_WAIT,
+    call::JOB_CANCEL,
+];
 
 impl AccessLogConfig {
     /// Returns the table as it is written in the file.
@@ -35,6 +43,7 @@ pub(super) fn resolve(
     check: &Check<'_>,
     raw: Option<&RawAccessLog>,
     methods: &BTreeMap<String, MethodConfig>,
+    has_jobs: bool,
 ) -> Result<Option<AccessLogConfig>> {
     let Some(raw) = raw else { return Ok(None) };
     let file = raw.file.as_ref();
@@ -45,7 +54,7 @@ pub(super) fn resolve(
         sample: sample(check, raw.sample.unwrap_or(1.0))?,
         always_above: raw.always_above.value(check, "access-log.always-above")?,
         methods: match &raw.methods {
-            Some(names) => known(check, names, methods)?,
+            Some(names) => known(check, names, methods, has_jobs)?,
             None => Vec::new(),
         },
     }))
@@ -77,9 +86,11 @@ fn known(
     check: &Check<'_>,
     names: &[String],
     methods: &BTreeMap<String, MethodConfig>,
+    has_jobs: bool,
 ) -> Result<Vec<String>> {
     let configured = methods.keys().map(String::as_str);
-    let all: Vec<&str> = configured.chain(PROTOCOL_METHODS).collect();
+    let of_jobs = JOB_METHODS.into_iter().filter(|_| has_jobs);
+    let all: Vec<&str> = configured.chain(PROTOCOL_METHODS).chain(of_jobs).collect();
     for (index, name) in names.iter().enumerate() {
         let error = |problem: String, remedy: String| {
             let key = format!("access-log.methods[{index}]");
@@ -144,6 +155,10 @@ mod tests {
                 "there is no method \"pin\"; did you mean \"ping\"?",
             ),
             ("methods = ['ping', 'ping']", "\"ping\" is there twice"),
+            (
+                "methods = ['rpc.job.get']",
+                "there is no method \"rpc.job.get\"",
+            ),
             ("always-above = '-1s'", "always-above"),
             ("allways-above = '1s'", "did you mean `always-above`?"),
         ] {
@@ -152,6 +167,13 @@ mod tests {
         }
         let text = "methods = ['ping', 'rpc.discover']\nsample = 0";
         assert_eq!(table(text).unwrap().methods, ["ping", "rpc.discover"]);
+    }
+
+    #[test]
+    #[cfg(feature = "jobs-sqlite")]
+    fn the_methods_of_jobs_can_be_named_where_there_are_jobs() {
+        let text = "methods = ['rpc.job.enqueue']\n[jobs]\nstore = 'sqlite:/tmp/jobs.db'";
+        assert_eq!(table(text).unwrap().methods, ["rpc.job.enqueue"]);
     }
 
     #[test]

@@ -69,6 +69,9 @@ fn paths(settings: &Settings, raw: &Raw, places: &SourceMap<'_>) -> Vec<(PathBuf
     paths.extend(log.map(|path| (path.clone(), "log.file".to_owned())));
     let access_log = settings.access_log_file();
     paths.extend(access_log.map(|path| (path.to_owned(), "access-log.file".to_owned())));
+    if let Some(jobs) = &settings.jobs {
+        paths.push((jobs.path().to_owned(), "jobs.store".to_owned()));
+    }
     for listen in &settings.listen {
         if let Address::Unix(path) = &listen.address {
             paths.push((path.clone(), format!("the listener {}", listen.address)));

@@ -89,9 +89,10 @@ pub(super) fn resolve(
     }
     let observe = observe::resolve(&check, &raw.observe)?;
     let slow_log = methods::slow_log(&check, raw, &mut methods)?;
-    let access_log = access_log::resolve(&check, raw.access_log.as_deref(), &methods)?;
-    warnings.extend(access_log::warning(access_log.as_ref(), &log));
     let jobs = jobs::resolve(&check, raw, &workers, &limits)?;
+    let access_log =
+        access_log::resolve(&check, raw.access_log.as_deref(), &methods, jobs.is_some())?;
+    warnings.extend(access_log::warning(access_log.as_ref(), &log));
     warnings.extend(observe.warning());
     if places.is_set("observe") {
         warnings.extend(observe::idle_warning(&raw.observe));

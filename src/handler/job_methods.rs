@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use super::{Context, Handler, Placement};
+use crate::protocol::call;
 use crate::protocol::code::Code;
-use crate::protocol::http::respond_async;
 use crate::protocol::rpc_error::RpcError;
 
 /// A method of durable jobs.
@@ -31,10 +31,10 @@ impl JobMethod {
     /// Returns the name.
     pub const fn name(self) -> &'static str {
         match self {
-            JobMethod::Enqueue => respond_async::ENQUEUE,
-            JobMethod::Get => "rpc.job.get",
-            JobMethod::Wait => "rpc.job.wait",
-            JobMethod::Cancel => "rpc.job.cancel",
+            JobMethod::Enqueue => call::JOB_ENQUEUE,
+            JobMethod::Get => call::JOB_GET,
+            JobMethod::Wait => call::JOB_WAIT,
+            JobMethod::Cancel => call::JOB_CANCEL,
         }
     }
 

@@ -13,13 +13,12 @@ use super::Handler;
 use super::handler_state::{HandlerState, Hooks, Worker};
 use super::job_methods::{self, JobMethod};
 use super::pool::definition::Pool;
-
-pub const DISCOVER: &str = "rpc.discover";
+use crate::protocol::call::{CANCEL, DISCOVER};
 
 /// The methods of the protocol itself, each with a description.
 const OWN: [(&str, &str); 2] = [
     (
-        "rpc.cancel",
+        CANCEL,
         "Cancels the call of this connection with the id in params, {\"id\": ID}",
     ),
     (DISCOVER, "Answers this document"),

@@ -18,6 +18,15 @@ use super::envelope::{CallMembers, Member, inside_quotes};
 use super::rpc_error::RpcError;
 use std::borrow::Cow;
 
+/// The methods of the protocol itself.
+pub const CANCEL: &str = "rpc.cancel";
+pub const DISCOVER: &str = "rpc.discover";
+/// The methods of durable jobs.
+pub const JOB_ENQUEUE: &str = "rpc.job.enqueue";
+pub const JOB_GET: &str = "rpc.job.get";
+pub const JOB_WAIT: &str = "rpc.job.wait";
+pub const JOB_CANCEL: &str = "rpc.job.cancel";
+
 /// Returns whether a name is reserved for the methods of the server itself.
 pub fn is_reserved(name: &str) -> bool {
     name.starts_with("rpc.")

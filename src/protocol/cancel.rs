@@ -3,8 +3,6 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-pub const METHOD: &str = "rpc.cancel";
-
 /// Longer ids are compared as they are written, in bytes.
 const MAX_DECODED: usize = 128;
 

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use std::borrow::Cow;
 
 use super::answer::{self, Answer};
-use super::call::Call;
+use super::call::{CANCEL, Call};
 use super::call_id::CallId;
 use super::code::Code;
 use super::rpc_error::RpcError;
@@ -18,8 +18,6 @@ use crate::error::Error;
 
 /// The `out` of the message that a program sends when it is ready: `{"out": "ready"}`, without a result.
 const READY: &str = "ready";
-/// The method that cancels a call.
-const CANCEL: &str = "rpc.cancel";
 /// The largest number of bytes of the ready message. It may have other members.
 const LONGEST_READY: usize = 4096;
 

@@ -32,14 +32,14 @@ use super::timers::{CallKey, TimerTarget, Timers, millis};
 use super::unsent::UnsentAnswers;
 use super::unused_connections::UnusedConnections;
 use crate::config::LimitsConfig;
-use crate::handler::registry::{self, Registry};
+use crate::handler::registry::Registry;
 use crate::handler::trace::CallIdentity;
 use crate::handler::{Context, Placement, guard};
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::quarantine::UsedQuarantine;
 use crate::link::scoreboard::WorkerRecord;
 use crate::protocol::body::{self, Body, Form};
-use crate::protocol::call::Call;
+use crate::protocol::call::{self, Call};
 use crate::protocol::code::Code;
 use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::protocol::reply::{AnswerContext, AnswerFormat, Framing};
@@ -344,8 +344,8 @@ impl CallDispatcher {
         id: Option<&str>,
     ) {
         match name {
-            cancel::METHOD => self.cancel(connection, reply, id, params),
-            registry::DISCOVER => {
+            call::CANCEL => self.cancel(connection, reply, id, params),
+            call::DISCOVER => {
                 let registry = Arc::clone(&self.registry);
                 let document = registry.document(self.forwarding.is_session);
                 let limit = self.limits.frame;
@@ -423,7 +423,7 @@ impl CallDispatcher {
             self.answer(connection, &ended, (Err(error), None), None);
         }
         let counted = CountedCall::Inline(self.counts.place(None));
-        self.compose(connection, reply, (cancel::METHOD, id), counted, |out| {
+        self.compose(connection, reply, (call::CANCEL, id), counted, |out| {
             out.extend_from_slice(if key.is_some() { b"true" } else { b"false" });
             Ok(())
         });

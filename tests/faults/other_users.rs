@@ -85,14 +85,15 @@ fn check_names_what_another_user_can_write() {
     let text = |at: &str| {
         format!(
             "include = [\"{at}/*.toml\"]\npid-file = \"{at}/p.pid\"\ncontrol-socket = \"{at}/c.sock\"\n\
-             [log]\nfile = \"{at}/p.log\"\n[[listen]]\naddress = \"unix:{at}/u.sock\"\n"
+             [log]\nfile = \"{at}/p.log\"\n[[listen]]\naddress = \"unix:{at}/u.sock\"\n\
+             [jobs]\nstore = \"sqlite:{at}/jobs.db\"\n"
         )
     };
     assert!(!config("own.toml", &text("own")).contains("can be written"));
     let warned = config("shared.toml", &text("shared"));
     let listener = format!("the listener unix:{}/u.sock", shared.display());
     let wanted = format!(
-        "pid-file, control-socket, log.file, {listener}, the configuration: {} can be written by all users",
+        "pid-file, control-socket, log.file, jobs.store, {listener}, the configuration: {} can be written by all users",
         shared.display()
     );
     assert!(warned.contains(&wanted), "{warned}");

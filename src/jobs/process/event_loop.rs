@@ -313,11 +313,17 @@ impl JobsLoop {
         let limit_ms = rules::milliseconds(limit);
         let core = &mut self.parts.core;
         let mut until_ms = core.now_ms.saturating_add(limit_ms);
+        let mut is_stop = is_stop;
         match self.stage {
             LoopStage::Starting | LoopStage::Serving => {}
+            // An earlier order holds: its deadline, and that no other jobs process follows.
             LoopStage::Draining {
-                until_ms: earlier, ..
-            } => until_ms = until_ms.min(earlier),
+                until_ms: earlier,
+                is_stop: was_stop,
+            } => {
+                until_ms = until_ms.min(earlier);
+                is_stop |= was_stop;
+            }
             LoopStage::Closing { .. } | LoopStage::Ended => return,
         }
         if !core.is_draining {
@@ -382,11 +388,15 @@ impl JobsLoop {
     /// Closes the store behind what was submitted, within this time.
     fn close(&mut self, limit_ms: u64) {
         let core = &mut self.parts.core;
-        if !matches!(self.stage, LoopStage::Closing { .. } | LoopStage::Ended) {
-            core.is_draining = true;
-            core.store.close();
+        let mut until_ms = core.now_ms + limit_ms;
+        match self.stage {
+            LoopStage::Ended => return,
+            LoopStage::Closing { until_ms: earlier } => until_ms = until_ms.min(earlier),
+            _ => {
+                core.is_draining = true;
+                core.store.close();
+            }
         }
-        let until_ms = core.now_ms + limit_ms;
         self.stage = LoopStage::Closing { until_ms };
     }
 }

@@ -10,11 +10,9 @@ use httparse::Header;
 use serde_json::value::RawValue;
 
 use super::refusal::RejectedRequest;
+use crate::protocol::call::JOB_ENQUEUE;
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{Code, answer};
-
-/// The method of an enqueue.
-pub const ENQUEUE: &str = "rpc.job.enqueue";
 
 /// The first byte of the params. JSON text never begins with it.
 const MARK: u8 = 1;
@@ -95,7 +93,7 @@ pub fn translate<'a>(
     text.push(b']');
     // All parts are UTF-8.
     let text = String::from_utf8(text).unwrap_or_default();
-    (ENQUEUE.into(), text.into())
+    (JOB_ENQUEUE.into(), text.into())
 }
 
 /// Reads params that [`translate`] has written; `None` if a client has sent them.
@@ -195,7 +193,7 @@ mod tests {
             key: Some("k\"1".into()),
         };
         let (method, params) = translate(&Some(head), "a\"b".into(), "[1e0,  2]");
-        assert_eq!(method, ENQUEUE);
+        assert_eq!(method, JOB_ENQUEUE);
         let request = read(&params).unwrap().unwrap();
         assert_eq!((&*request.method, request.params), ("a\"b", "[1e0,  2]"));
         assert_eq!(request.key.as_deref(), Some("k\"1"));

@@ -170,6 +170,7 @@ fn insert_imported(batch: &mut SqlBatch<'_>, job: &JobDetails) -> rusqlite::Resu
         record.finished_ms.map(sql_int),
     );
     batch.execute(sql, params)?;
+    batch.written += job.params.len() + record.json.as_ref().map_or(0, |json| json.len());
     let token = sql_int(job.token);
     if !is_live {
         let sql = "UPDATE job SET attempt = ?1, crashes = ?2, interruptions = ?3, token = ?4, \
@@ -200,7 +201,6 @@ fn insert_imported(batch: &mut SqlBatch<'_>, job: &JobDetails) -> rusqlite::Resu
     );
     batch.execute(sql, params)?;
     batch.live += 1;
-    batch.written += job.params.len();
     Ok(())
 }
 
