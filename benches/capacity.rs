@@ -141,7 +141,7 @@ fn config() -> String {
          [methods.thread]\nbuiltin = \"sleep\"\n\
          [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = {}\n\
          [methods.pool]\npool = \"p\"\n\
-         [pools.a]\ncommand = [\"python3\", {asynchronous:?}]\nconcurrency = {CONCURRENCY}\n\
+         [pools.a]\nprocesses = 1\ncommand = [\"python3\", {asynchronous:?}]\nconcurrency = {CONCURRENCY}\n\
          [methods.async]\npool = \"a\"\n",
         WORKERS * THREADS
     )

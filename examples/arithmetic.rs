@@ -12,10 +12,20 @@ struct Subtract {
     subtrahend: i64,
 }
 
+fn too_large() -> preforkd::RpcError {
+    preforkd::RpcError::invalid_params("the result is no 64-bit integer")
+}
+
 fn main() -> std::process::ExitCode {
     preforkd::Server::new()
-        .inline("subtract", |of: Subtract| Ok(of.minuend - of.subtrahend))
-        .method("sum", |numbers: Vec<i64>| Ok(numbers.iter().sum::<i64>()))
+        .inline("subtract", |of: Subtract| {
+            of.minuend.checked_sub(of.subtrahend).ok_or_else(too_large)
+        })
+        .method("sum", |numbers: Vec<i64>| {
+            let mut numbers = numbers.iter();
+            let sum = numbers.try_fold(0_i64, |sum, number| sum.checked_add(*number));
+            sum.ok_or_else(too_large)
+        })
         .method("get_data", |_: IgnoredAny| Ok(("hello", 5)))
         .method("update", |_: IgnoredAny| Ok(()))
         .inline("notify_hello", |_: IgnoredAny| Ok(()))

@@ -115,7 +115,8 @@ fn order(call: &Context<'_>, order: Order) -> Result<u64, RpcError> {
             .with_name("no-such-item")
             .with_data(items)
     })?;
-    let total = price * order.count;
+    let total = (price.checked_mul(order.count))
+        .ok_or_else(|| RpcError::invalid_params("the total is no 64-bit number"))?;
     let ledger = call.state::<Ledger>();
     let line = format!("{} {} for {total}", order.count, order.item);
     ledger.write(&line).map_err(trouble)?;

@@ -26,8 +26,8 @@
 //!
 //! The modules are layers, and imports only go down. From the base: `sys` (system calls), `error`;
 //! `throttle`, `logging`; `protocol` (bytes to calls); `link` (what processes share); `config`;
-//! `handler` (what answers a call); `worker_init`; `worker`, `acceptor`, `master`, `observe` (the kinds of process) and
-//! `jobs` (durable jobs); `server`; `client` and `cli`. `tests/architecture` holds the table.
+//! `handler` (what answers a call); `worker_init`, `observe` (what operators see); `worker`, `acceptor`, `master` (the
+//! kinds of process) and `jobs` (durable jobs); `server`; `client` and `cli`. `tests/architecture` holds the table.
 //!
 //! To follow one call, read `worker/event_loop.rs`, then `worker/call_dispatcher.rs`. To follow one
 //! death of a worker, read `master/main_loop.rs`, then `master/policy/lifecycle.rs`.
@@ -59,7 +59,7 @@ pub use protocol::{CallId, Code, RpcError};
 pub use serde_json::value::RawValue;
 pub use server::Server;
 
-/// What the fuzz targets and the benchmark of the protocol call. Not for users: it changes without
+/// The items that the fuzz targets and the protocol benchmark use. Not for users: they change without
 /// notice.
 #[cfg(feature = "internals")]
 #[doc(hidden)]

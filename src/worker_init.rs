@@ -79,7 +79,7 @@ pub struct WorkerInit<'a> {
     pub master: Pid,
 }
 
-/// The instance whose jobs the store keeps.
+/// One run of a server, from its start to its end, as its job store knows it.
 #[derive(Debug)]
 pub struct JobsInstance {
     /// Its UUID: new at each start, the same after a reload or an upgrade.

@@ -49,12 +49,13 @@ pub(super) fn observe(place: &ServerSelector) -> Result<Observed> {
     })
 }
 
-/// The status as JSON, with the members that are read from the metrics board, if that can be read.
-pub(super) fn status_json(place: &ServerSelector) -> Result<String> {
+/// Returns the status as JSON, with the members that are read from the metrics board. If that cannot be read, it also
+/// returns a warning.
+pub(super) fn status_json(place: &ServerSelector) -> Result<(String, Option<String>)> {
     let Observed { answered, board } = observe(place)?;
     Ok(match board {
-        Ok(board) => BoardMembers::of(&board).add_to(&answered.json),
-        Err(_) => answered.json,
+        Ok(board) => (BoardMembers::of(&board).add_to(&answered.json), None),
+        Err(problem) => (answered.json, Some(problem)),
     })
 }
 

@@ -126,7 +126,9 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             connections,
         } => {
             if json {
-                return print_json(&metrics::status_json(&place.selector(name))?);
+                let (status, warning) = metrics::status_json(&place.selector(name))?;
+                print_warning(name, warning);
+                return print_json(&status);
             }
             let mut answered = control::status(&place.selector(name))?;
             if !connections {
@@ -143,9 +145,7 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
         }
         CliCommand::Metrics { place, textfile } => {
             let (text, warning) = metrics::metrics(&place.selector(name), &overrides)?;
-            if let Some(warning) = warning {
-                output::print_error(name, &format!("warning: {warning}"));
-            }
+            print_warning(name, warning);
             match textfile {
                 Some(file) => metrics::replace_file(&file, &text),
                 None => output::print(&text),
@@ -276,6 +276,12 @@ fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
 
 fn print_line(text: String) -> Result<()> {
     output::print(&(output::printable(&text) + "\n"))
+}
+
+fn print_warning(name: &str, warning: Option<String>) {
+    if let Some(warning) = warning {
+        output::print_error(name, &format!("warning: {warning}"));
+    }
 }
 
 fn print_json(text: &str) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Formats durations, sizes and counts for people. Pure.
 //!
-//! A duration has at most two units, a size one decimal place, and a count has separators for thousands.
+//! A duration has at most two units. A size from 1 MiB on has one decimal place. A count has separators for thousands.
 
 /// Formats seconds: `45s`, `3m 20s`, `2d 4h`.
 pub(super) fn seconds(seconds: u64) -> String {

@@ -43,6 +43,8 @@ pub(crate) fn whole_millis(limit: Duration) -> u64 {
 /// A connection to a server.
 #[derive(Debug)]
 pub struct Client {
+    /// As it was given to `connect`.
+    pub(super) address: String,
     /// `None` after an error that makes it unclear which answer comes next.
     pub(super) stream: Option<Stream>,
     /// Bytes that were received and not used.
@@ -105,6 +107,7 @@ impl Client {
         // From the beginning, because a signal that ends this process calls no destructor.
         stream.set_abort_on_close(true);
         Ok(Client {
+            address: address.to_owned(),
             stream: Some(stream),
             inbox: Vec::new(),
             timeout,

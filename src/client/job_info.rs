@@ -18,20 +18,21 @@ pub struct JobInfo {
     pub state: String,
     /// Whether it is done, dead or cancelled.
     pub ended: bool,
-    /// The number of attempts that have begun.
+    /// The number of attempts that have begun and count. Interrupted attempts do not count.
     pub attempt: u32,
     /// The job is dead after this many attempts without a result.
     pub max_attempts: u32,
     /// The number of attempts that ended with a crash.
     #[serde(default)]
     pub crashes: u32,
-    /// The number of attempts that the server interrupted. They do not count as attempts.
+    /// The number of attempts that were interrupted: by the server, or by a crash that another call or job caused.
+    /// `attempt` does not include them.
     #[serde(default)]
     pub interruptions: u32,
     /// -9 to 9.
     #[serde(default)]
     pub priority: i8,
-    /// The key of its enqueue.
+    /// The `key` that its enqueue had.
     #[serde(default)]
     pub key: Option<String>,
     /// When it was stored.

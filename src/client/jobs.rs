@@ -123,8 +123,9 @@ impl Client {
     /// Stores a call as a job, which runs later. Returns when the job is on disk.
     ///
     /// # Errors
-    /// As for [`Client::call`]. The job may be stored if [`ClientError::is_safe_to_repeat`] is false. To send
-    /// such an enqueue again, use [`Client::enqueue_with`] and an id of your own.
+    /// As for [`Client::call`]. An enqueue whose connection breaks is sent once more, over a new connection and with the
+    /// same id. The job may be stored if [`ClientError::is_safe_to_repeat`] is false. To send such an enqueue again, use
+    /// [`Client::enqueue_with`] and an id of your own.
     pub fn enqueue(
         &mut self,
         method: &str,
@@ -150,10 +151,16 @@ impl Client {
         };
         let id = options.id.as_deref().or(new_id.as_deref());
         let id = id.unwrap_or_default();
-        self.call(
-            JOB_ENQUEUE,
-            EnqueueParams::new((method, &params), id, options),
-        )
+        let params = EnqueueParams::new((method, &params), id, options);
+        let stored = self.call(JOB_ENQUEUE, &params);
+        match stored {
+            Err(ClientError::Gone(_) | ClientError::NotSent(_) | ClientError::Closed) => {
+                // The server stores a job with this id once.
+                *self = Client::connect(&self.address, self.timeout)?;
+                self.call(JOB_ENQUEUE, &params)
+            }
+            stored => stored,
+        }
     }
 
     /// Returns the state of a job, given by its handle or its id.

@@ -200,8 +200,26 @@ fn a_terminated_pool_leaves_its_jobs_to_the_server() {
     .unwrap();
     pool.terminate();
     let error = results.recv().unwrap().unwrap_err();
-    assert!(
-        matches!(error, ClientError::Ended | ClientError::Gone(_)),
-        "{error:?}"
+    // The connection may end before the enqueue is sent.
+    let is_expected = matches!(
+        error,
+        ClientError::Ended | ClientError::Gone(_) | ClientError::NotSent(_)
     );
+    assert!(is_expected, "{error:?}");
+}
+
+#[test]
+fn a_client_repeats_an_enqueue_whose_connection_breaks_with_the_same_id() {
+    let (address, calls) = server(|number, call| match number {
+        0 => Then::Close,
+        _ => answer(
+            call,
+            &json!({"job": call["params"]["id"], "state": "waiting", "new": true}),
+        ),
+    });
+    let mut client = Client::connect(&address, PATIENCE).unwrap();
+    let job = client.enqueue("double", 1).unwrap();
+    let calls = calls.lock().unwrap();
+    let ids: Vec<&Value> = calls.iter().map(|call| &call["params"]["id"]).collect();
+    assert_eq!(ids, [job.id(), job.id()]);
 }

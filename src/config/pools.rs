@@ -91,7 +91,11 @@ fn resolve_one(
         scope,
         processes: check.count(
             &key_of("processes"),
-            raw.processes.unwrap_or(Count::Number(1)),
+            // Each connection has one program of its own.
+            raw.processes.unwrap_or(match scope {
+                PoolScope::Shared => Count::Auto,
+                PoolScope::Connection => Count::Number(1),
+            }),
         )?,
         concurrency,
         kills_abandoned: kills_abandoned(

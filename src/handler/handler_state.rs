@@ -47,7 +47,7 @@ impl Hooks {
         self.worker_start.push(Box::new(make));
     }
 
-    /// Adds a function that is called in each worker that ends in order.
+    /// Adds a function that is called in each worker that ends by a drain or a stop, and not at once or by a crash.
     pub fn on_worker_stop(&mut self, end: impl Fn(&Worker) + Send + Sync + 'static) {
         self.worker_stop.push(Box::new(end));
     }
@@ -153,7 +153,7 @@ impl HandlerState {
 
 impl fmt::Debug for HandlerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Kept").finish_non_exhaustive()
+        f.debug_struct("HandlerState").finish_non_exhaustive()
     }
 }
 

@@ -14,10 +14,10 @@ use super::text::{printable, printable_json};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LineFormat {
-    /// Time, level, role, message.
+    /// Time, level, process, thread, message.
     Text,
-    /// Level, role and message, without the time. The line begins with the priority that journald reads
-    /// (sd-daemon(3)).
+    /// Process, thread and message, without time and level. The line begins with the priority, from which
+    /// journald gets the level (sd-daemon(3)).
     Journal,
     Json,
 }

@@ -16,7 +16,7 @@ use crate::logging::pluralize;
 use crate::sys::process::{self, Pid};
 
 /// Handles the end of a child that is no worker.
-pub fn no_worker_ended(master: &mut Master<'_>, pid: Pid) {
+pub fn other_child_ended(master: &mut Master<'_>, pid: Pid) {
     if let Some(left) = master.workers.keeper_ended(pid) {
         log_result(&left);
         master.queue_actions(Event::KeeperEnded { keeper: pid });

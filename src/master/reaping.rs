@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use super::children::keepers::is_plausible_keeper;
 use super::children::program_deaths;
 use super::core::Master;
-use super::leftovers::{end_orphans, no_worker_ended, send_executor_ends};
+use super::leftovers::{end_orphans, other_child_ended, send_executor_ends};
 use super::policy::action::Action;
 use super::policy::crash_counts::Suspicion;
 use super::policy::death_log::WorkerExit;
@@ -140,7 +140,7 @@ impl ReapTarget for Round<'_, '_> {
         if master.workers.release_record(pid, serving) {
             adopt_sessions(master, pid, &Rc::default(), others);
         }
-        no_worker_ended(master, pid);
+        other_child_ended(master, pid);
     }
 
     fn apply_actions_except(&mut self, ended: &[Pid]) {

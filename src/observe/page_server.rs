@@ -88,7 +88,7 @@ impl PageServer {
             self.wait()?;
             for signal in self.signals.take() {
                 match signal {
-                    Signal::SIGTERM | Signal::SIGINT => self.leave(),
+                    Signal::SIGTERM | Signal::SIGINT | Signal::SIGQUIT => self.leave(),
                     _ => return Ok(()),
                 }
             }
@@ -166,6 +166,10 @@ impl PageServer {
     }
 
     fn accept(&mut self) {
+        if let Some(listener) = &self.listener {
+            // An observer before this one shares the listener, and may have cleared O_NONBLOCK.
+            let _ = socket::restore_nonblocking(listener);
+        }
         for _ in 0..BATCH {
             let Some(listener) = &self.listener else {
                 return;

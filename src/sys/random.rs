@@ -50,8 +50,8 @@ fn random_word() -> io::Result<u64> {
     random_bytes().map(u64::from_ne_bytes)
 }
 
-/// Returns random bytes of the kernel, at most 256. They may be a secret. It waits for the kernel's generator,
-/// which is ready soon after the system has booted.
+/// Returns random bytes of the kernel, at most 256. They are good enough for secrets. The call waits for the kernel's
+/// generator, which is ready soon after the system has booted.
 ///
 /// # Errors
 /// ENOSYS or EPERM.

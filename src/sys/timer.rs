@@ -58,7 +58,7 @@ impl AsFd for Timer {
     }
 }
 
-/// Returns the time stamp counter of this processor; on other processors, nanoseconds of the coarse clock.
+/// Returns the time stamp counter. If this is no x86_64 processor, returns nanoseconds of the coarse clock.
 #[inline]
 pub fn cycles() -> u64 {
     #[cfg(target_arch = "x86_64")]

@@ -2,12 +2,12 @@
 
 use crate::sys::random::scatter;
 
-/// At most this fraction (1/10) of a limit is subtracted.
-const PART: u64 = 10;
+/// At most the limit divided by this is subtracted.
+const DIVISOR: u64 = 10;
 
 /// Returns `limit` less up to a tenth of it. The same `seed` (such as a pid) gives the same result.
 pub fn with_jitter(limit: u64, seed: u64) -> u64 {
-    limit - scatter(seed) % (limit / PART + 1)
+    limit - scatter(seed) % (limit / DIVISOR + 1)
 }
 
 #[cfg(test)]

@@ -109,7 +109,7 @@ impl EventLoop {
         Some(token)
     }
 
-    /// Refuses a connection whose source has too many, for the `reason` that its client gets.
+    /// Refuses a connection whose source has too many connections. Its client gets `reason` as the message.
     #[cold]
     fn refuse(&mut self, reactor: &mut Reactor, socket: OwnedFd, reason: &str) {
         let now_ms = self.service.now_ms;
@@ -189,9 +189,9 @@ impl EventLoop {
         self.service.record.has_yielded.store(0, SeqCst);
     }
 
-    /// Leaves accepting to the other workers if this worker has no idle thread and another one has: a call that a
-    /// worker with an idle thread reads does not have to be sent. Call it once per turn, after the idle threads were
-    /// counted.
+    /// Leaves accepting to the other workers if this worker has no idle thread and another one has. That worker can run
+    /// the calls of its new connections itself, so they are not sent. Call it once per turn, after the idle threads
+    /// were counted.
     pub(super) fn yield_accepting_if_busy(&mut self, reactor: &mut Reactor) {
         let is_serving = self.is_accepting && !self.is_at_limit && self.drain.is_serving();
         let (forwarding, now_ms) = (&mut self.service.forwarding, self.service.now_ms);

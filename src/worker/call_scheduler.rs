@@ -32,6 +32,9 @@ use crate::sys::event::Token;
 /// A result of this many bytes counts as large. Few such calls run for one connection at once.
 const LARGE: usize = 16 * 1024;
 
+/// How long a handler may take to react to its deadline, in milliseconds. A command must be killed by then.
+const GRACE_MS: u64 = 1000;
+
 #[derive(Debug)]
 pub struct CallScheduler {
     pub(super) table: CallTable,
@@ -180,7 +183,8 @@ impl CallScheduler {
             return;
         }
         for key in std::mem::take(&mut self.unqueued) {
-            let Some(call) = self.table.get(key) else {
+            // A call that was evicted meanwhile, and perhaps answered, has nothing to run.
+            let Some(call) = self.table.get(key).filter(|it| it.to_run.is_some()) else {
                 continue;
             };
             if !self.fits(call, backlog(call.token, call.reply.place)) {
@@ -421,12 +425,12 @@ impl CallScheduler {
         (running, queued, self.lanes[0].orphaned)
     }
 
-    /// Returns the calls that still run on a handler thread `grace_ms` after their deadline, with their serials.
-    pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
+    /// Returns the calls that still run on a handler thread `GRACE_MS` after their deadline, with their serials.
+    pub fn stuck(&self, now_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
         self.table
             .iter()
             .filter(|(_, call)| call.is_orphaned && self.lane(call.method) == 0)
-            .filter(move |(_, call)| call.deadline_ms.saturating_add(grace_ms) <= now_ms)
+            .filter(move |(_, call)| call.deadline_ms.saturating_add(GRACE_MS) <= now_ms)
             .map(|(key, call)| (key.serial, call))
     }
 

@@ -494,3 +494,31 @@ fn the_connection_with_the_most_calls_makes_room() {
         (0, 0, 0)
     );
 }
+
+/// Its connection has no place for its answer any more.
+#[test]
+fn a_held_back_call_that_was_evicted_and_given_up_is_not_looked_at_again() {
+    let mut calls = scheduler(2);
+    let add = |calls: &mut CallScheduler, place| {
+        let caller = (Token::for_test(1), reply(place), None, numbered(3));
+        let time = (5, u64::MAX / 2);
+        calls.add(caller, (None, Source::User(1)), (0, "1"), time)
+    };
+    add(&mut calls, AnswerPosition::InOrder(1));
+    let newest = add(&mut calls, AnswerPosition::InOrder(2));
+    calls.queue_calls(5, |_, _| HIGH_WATER);
+    assert!(calls.are_parked());
+    let mut evicted = Vec::new();
+    let other = (Source::User(2), Token::for_test(2));
+    call_room::make_room(&mut calls, (0, 1), other, 0, &mut evicted).unwrap();
+    assert_eq!(evicted[0].key, newest);
+    // Its deadline passes before the eviction is reported.
+    assert!(!calls.give_up(newest).unwrap().begun);
+    calls.unpark(Token::for_test(1));
+    calls.queue_calls(5, |_, place| {
+        assert!(matches!(place, AnswerPosition::InOrder(1)), "{place:?}");
+        0
+    });
+    assert!(calls.done(&evicted.remove(0)).is_none());
+    assert_eq!(calls.lanes[0].local, 1);
+}

@@ -37,7 +37,8 @@ impl EventLoop {
             let socket = reactor.descriptor(token);
             let wait_ms = socket.map_or(0, socket::waited_ms);
             self.service.accept_wait.record(wait_ms);
-            if connection.peer.is_some() {
+            // A connection that another process has handed over was counted there with its first bytes.
+            if connection.peer.is_some() && connection.dialect.is_none() {
                 self.service.counts.add_accept_wait(wait_ms);
             }
         }

@@ -141,16 +141,17 @@ impl EventLoop {
         self.service.forwarding.lane > 0
     }
 
-    /// Ends a pool process whose master is gone, when no process uses it any more, or after
-    /// `drain-timeout`.
+    /// Ends a pool process whose master is gone, when no process uses it any more, or after the longest drain. It then
+    /// exits within the longest drain after the death of the master, like the workers.
     pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
         if let Some(since) = self.master_gone
             && self.is_pool()
             && self.drain.is_serving()
         {
-            let end = since.saturating_add(millis(self.drain_timeout));
-            if !self.service.forwarding.has_users() || self.service.now_ms >= end {
-                self.start_drain(reactor, self.drain_timeout);
+            let end = since.saturating_add(millis(self.longest_drain()));
+            let left = Duration::from_millis(end.saturating_sub(self.service.now_ms));
+            if !self.service.forwarding.has_users() || left.is_zero() {
+                self.start_drain(reactor, left);
             }
         }
     }
@@ -201,7 +202,8 @@ impl EventLoop {
                 self.start_stop(reactor, limit(until_ms));
             }
             Some(SessionStep::End) if self.drain.is_serving() => {
-                log::info!(
+                // One line for each connection, so not in the normal log.
+                log::debug!(
                     "max-lifetime of the listener is reached: the connection ends after its answers"
                 );
                 self.start_stop(reactor, self.drain_timeout);

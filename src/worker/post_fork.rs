@@ -93,7 +93,7 @@ pub fn init_worker_process(
     process::become_subreaper().map_err(|error| ("become a subreaper", error))?;
     // 7. This comes after the last change of user, which would clear it. A session outlives its acceptor, so
     //    it watches a pipe of the master instead.
-    let grace = boot.settings.workers.drain_timeout;
+    let grace = boot.settings.longest_drain();
     let is_watched = is_session
         || signal::on_parent_death(boot.master, grace)
             .map_err(|error| ("request a signal at the master's death", error))?;

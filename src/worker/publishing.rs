@@ -2,6 +2,7 @@
 //!
 //! Each turn of the event loop writes the scoreboard record; each tick also writes what needs a system call.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::call_dispatcher::CallDispatcher;
@@ -20,7 +21,13 @@ pub struct Published {
 /// Publishes the state of this process in its scoreboard record.
 pub fn publish(service: &CallDispatcher, connections: usize, spurious_wakes: u64) {
     let record = service.record;
-    let (running, queued, lost) = service.calls.counts(&service.threads);
+    let (mut running, queued, given_up) = service.calls.counts(&service.threads);
+    let lost = match given_up {
+        0 => 0,
+        _ => service.calls.stuck(service.now_ms).count(),
+    };
+    // A call that was cancelled, or whose client has left, is no fault of its function before its deadline.
+    running += given_up.saturating_sub(lost);
     record.connections.store(connections as u32, Relaxed);
     record.running.store(running as u32, Relaxed);
     record.queued.store(queued as u32, Relaxed);
@@ -58,16 +65,22 @@ pub fn publish(service: &CallDispatcher, connections: usize, spurious_wakes: u64
 /// them in its own record, because it shares the block; its acceptor adds them up.
 fn publish_methods(service: &CallDispatcher, session: Option<&SessionRecord>) {
     let block = service.counts.writer.block;
-    let mut counts = vec![(0, 0); service.registry.methods().len()];
+    // Several methods may have the same place, so their numbers are added up.
+    let methods = 0..service.registry.methods().len();
+    let mut counts: BTreeMap<usize, (u64, u64)> = methods
+        .map(|method| (service.counts.place(Some(method)), (0, 0)))
+        .collect();
     for key in service.calls.all() {
         let Some(call) = service.calls.get(key).filter(|call| call.is_own()) else {
             continue;
         };
-        let (running, queued) = &mut counts[call.method];
+        let place = service.counts.place(Some(call.method));
+        let (running, queued) = counts.entry(place).or_default();
         *(if call.is_running() { running } else { queued }) += 1;
     }
-    let places = (counts.into_iter().enumerate())
-        .map(|(method, (run, wait))| (service.counts.place(Some(method)), run, wait));
+    let places = counts
+        .into_iter()
+        .map(|(place, (run, wait))| (place, run, wait));
     match session {
         Some(record) => record.set_methods(places),
         None => places.for_each(|(place, running, queued)| {

@@ -16,10 +16,6 @@ use crate::link::stuck_calls::StuckCall;
 use crate::sys::event::{Reactor, Token};
 use crate::throttle::jitter;
 
-/// How long a handler may take to react to its deadline, in milliseconds. A command must be killed by
-/// then.
-const GRACE_MS: u64 = 1000;
-
 /// The number of calls after which a failed report is repeated.
 const REPORT_AGAIN_CALLS: u64 = 100;
 
@@ -58,9 +54,7 @@ impl EventLoop {
             id: call.id.as_deref().map(str::to_owned),
             age_ms: service.now_ms.saturating_sub(call.read_ms),
         };
-        let mut calls: Vec<StuckCall> = (service.calls.stuck(service.now_ms, GRACE_MS))
-            .map(call)
-            .collect();
+        let mut calls: Vec<StuckCall> = (service.calls.stuck(service.now_ms)).map(call).collect();
         calls.sort_by_key(|call| std::cmp::Reverse(call.age_ms));
         let Some(oldest) = calls.first() else {
             return;

@@ -600,3 +600,25 @@ fn every_file_says_at_its_head_what_it_is_for() {
 fn assert_none(wrong: &[String]) {
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
+
+/// Users build `release` first, so it builds fast. Packages and comparisons with other servers use `dist`.
+#[test]
+fn the_first_build_is_fast_and_packages_are_optimized() {
+    let read = |file: &str| std::fs::read_to_string(source().join(file)).unwrap();
+    let manifest: toml::Table = toml::from_str(&read("Cargo.toml")).unwrap();
+    let value = |profile: &str, key: &str| manifest["profile"][profile].get(key).cloned();
+    let text = |text: &str| Some(toml::Value::from(text));
+    assert_eq!(value("release", "lto"), None);
+    let units = value("release", "codegen-units");
+    assert!(units.is_none_or(|units| units.as_integer() == Some(16)));
+    assert_eq!(value("dist", "inherits"), text("release"));
+    assert_eq!(value("dist", "lto"), text("thin"));
+    assert_eq!(
+        value("dist", "codegen-units"),
+        Some(toml::Value::Integer(1))
+    );
+    assert_eq!(value("bench", "inherits"), text("dist"));
+    let readme = read("README.md");
+    assert!(readme.contains("cargo run --release -- run"));
+    assert!(readme.contains("cargo build --profile dist"));
+}

@@ -506,3 +506,30 @@ fn calls_of_a_program_that_is_gone_do_not_fill_the_log() {
     let lines = daemon.log().matches("could not be started").count();
     assert!((1..=10).contains(&lines), "{lines} lines");
 }
+
+#[test]
+fn check_names_commands_that_run_text_of_a_caller_as_a_program() {
+    let dir = crate::support::Dir::new();
+    let path = dir.write(
+        "p.toml",
+        r#"[methods.any]
+command = ["sh", "-c", "{script}"]
+[methods.launched]
+command = ["env", "{program}"]
+[methods.safe]
+command = ["sh", "-c", "echo \"$1\"", "sh", "{name}"]
+"#,
+    );
+    let output = crate::support::check(&path);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    for part in [
+        "methods.any.command: ",
+        "-c runs whatever a caller sends in {script} as a program",
+        "methods.launched.command: ",
+        "runs the program that a caller names in {program}",
+    ] {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    assert!(!said.contains("methods.safe"), "{said}");
+}

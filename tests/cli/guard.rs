@@ -37,7 +37,7 @@ fn config(guard: bool) -> String {
     format!(
         "[workers]\ncount = 1\n\
          [methods.run]\n{command}\nguard = {guard}\n\
-         [pools.model]\ncommand = [\"python3\", \"-c\", {PROGRAM:?}]\nready = \"alive\"\nguard = {guard}\n\
+         [pools.model]\nprocesses = 1\ncommand = [\"python3\", \"-c\", {PROGRAM:?}]\nready = \"alive\"\nguard = {guard}\n\
          environment = {{ PATH = \"/usr/bin:/bin\" }}\n\
          [methods.score]\npool = \"model\"\n"
     )

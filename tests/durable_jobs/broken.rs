@@ -94,6 +94,9 @@ fn a_store_that_was_deleted_is_not_replaced_by_an_empty_one() {
     enqueue_job(&mut client, &later(&json!(1)));
     let store = daemon.dir().join("jobs.db");
     std::fs::remove_file(&store).unwrap();
+    // Nothing is acknowledged that would be lost with the deleted file.
+    let refused = error(&mut client, "rpc.job.enqueue", &later(&json!(2)));
+    assert_eq!(refused["name"], "unavailable", "{refused}");
     let output = daemon.command(&["reload"]);
     assert!(!output.status.success(), "{output:?}");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

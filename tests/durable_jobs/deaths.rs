@@ -10,6 +10,7 @@ use crate::support::{Daemon, PATIENCE, process, wait_for};
 /// A program that dies.
 const POOL: &str = r#"
 [pools.p]
+processes = 1
 command = ["python3", "program.py"]
 directory = "."
 respawn-max-delay = "0s"

@@ -336,3 +336,21 @@ fn jobs_are_added_by_a_reload() {
         job
     );
 }
+
+/// A service manager may send SIGTERM to all processes, and workers need a jobs process until another one serves.
+#[test]
+fn a_jobs_process_that_gets_term_serves_until_its_successor_does() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let first = jobs_process(&daemon);
+    let answers = enqueue_during(&daemon, || {
+        wait_stored(&daemon, 10);
+        kill(Pid::from_raw(first), Signal::SIGTERM).unwrap();
+        wait_for("its end", PATIENCE, || !process::runs(first));
+        wait_more_stored(&daemon, 20);
+    });
+    assert_stored(&daemon, &answers);
+    let gap = answers.longest_gap;
+    assert_within("an acknowledgement", gap, Duration::from_secs(2));
+    assert_ne!(jobs_process(&daemon), first);
+    assert_eq!(daemon.status()["deaths"], json!([]));
+}

@@ -45,6 +45,7 @@ output = \"json\"
 [methods.mirror]
 pool = \"mirror\"
 [pools.mirror]
+processes = 1
 command = [\"python3\", \"-IS\", \"mirror.py\"]
 directory = \".\"
 ready = \"message\"

@@ -442,3 +442,23 @@ fn a_keeper_that_stands_still_is_ended_and_its_clients_wait_for_nothing() {
     });
     assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
 }
+
+/// A service manager may send SIGTERM to all processes.
+#[test]
+fn a_keeper_that_gets_term_hands_the_connections_over_all_the_same() {
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 1\n{METHODS}"))
+        .expect_log("ended by SIGKILL")
+        .start();
+    let worker = daemon.ready_workers()[0];
+    let keeper = process::wait_for_keepers(daemon.pid(), 1)[0];
+    let mut client = daemon.client();
+    client.call(&json!({"in": "ping"}));
+    for (pid, signal) in [(keeper, Signal::SIGTERM), (worker, Signal::SIGKILL)] {
+        kill(Pid::from_raw(pid), signal).unwrap();
+    }
+    daemon.wait_log(&format!(
+        "worker {worker} crashed: 1 connection handed over"
+    ));
+    assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+}

@@ -7,10 +7,12 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use serde_json::{Value, json};
 
 use crate::lifecycle::start::{OWN_SOCKET, preforkd};
+use crate::support::installed::Installed;
 use crate::support::leftover_check::gone;
 use crate::support::{Client, Daemon, Dir, PATIENCE, assert_within, binary, process, wait_for};
 
@@ -448,4 +450,102 @@ fn a_master_that_is_pid_1_neither_waits_for_an_environment_nor_spares_what_it_ca
     });
     process::wait_for_no_zombies(master);
     assert!(server.answers());
+}
+
+/// Kills the worker that runs `busy` while the master is between two programs: a shell, which reaps no children, waits
+/// for a line in a FIFO. So the master adopts what the call has left behind. Then the upgrade continues. `before` is
+/// the number of pids that were written earlier. Returns the pids of the hidden and of the unchanged process.
+fn adopted_during_upgrade(
+    installed: &Installed,
+    daemon: &Daemon,
+    leaver: &Leaver,
+    before: usize,
+) -> [i32; 2] {
+    let worker = daemon.ready_workers()[0];
+    let mut client = daemon.client();
+    client.send(r#"{"in": "busy"}"#);
+    let pids = leaver.left(before + 2);
+    let [hidden, unchanged] = pids[before..] else {
+        panic!("{pids:?}");
+    };
+    mkfifo(&installed.file("go"), Mode::S_IRWXU).unwrap();
+    installed.script(
+        "if [ $when = exec ]; then : >$dir/between; read -r word <$dir/go; fi\nexec $good \"$@\"",
+    );
+    daemon.signal(Signal::SIGUSR2);
+    wait_for("the exec", PATIENCE, || installed.file("between").exists());
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_for("adopted processes", PATIENCE, || {
+        let mut both = [hidden, unchanged].into_iter();
+        both.all(|pid| process::parent(pid) == Some(daemon.pid()))
+    });
+    std::fs::write(installed.file("go"), "go\n").unwrap();
+    [hidden, unchanged]
+}
+
+#[track_caller]
+fn wait_upgraded(daemon: &Daemon) {
+    wait_for("the upgrade", PATIENCE, || {
+        daemon.status()["master"]["last_upgrade"]["ok"] == true
+    });
+}
+
+#[test]
+fn a_leftover_with_its_mark_before_a_gigabyte_is_found_after_an_upgrade() {
+    let leaver = Leaver::new();
+    let config = format!(
+        "[workers]\ncount = 1\n{}{}",
+        leaver.method("marked", "\"marked\""),
+        leaver.method("busy", "\"marked\", \"-\", \"busy\"")
+    );
+    let other = Daemon::builder().config(&config).start();
+    if !is_possible(&other.client().call(&json!({"in": "marked"}))) {
+        return;
+    }
+    drop(other);
+    let installed = Installed::new();
+    let daemon = installed
+        .daemon(&config)
+        .expect_log("ended by SIGKILL")
+        .start();
+    let left = adopted_during_upgrade(&installed, &daemon, &leaver, 1);
+    wait_for("the end of what has a mark", PATIENCE, || {
+        left.iter().all(|pid| !process::runs(*pid))
+    });
+    wait_upgraded(&daemon);
+    let peak = peak_kib(daemon.pid());
+    assert!(peak < 200 * 1024, "the master had {peak} KiB");
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system whose reads never end; tests/run runs it"]
+fn a_master_that_takes_over_waits_for_no_environment() {
+    let leaver = Leaver::new();
+    let wall = Wall::new(&leaver.dir);
+    let busy = format!("\"wall\", {:?}, \"busy\"", wall.file);
+    let config = format!("[workers]\ncount = 1\n{}", leaver.method("busy", &busy));
+    let installed = Installed::new();
+    let daemon = installed
+        .daemon(&config)
+        .expect_log("ended by SIGKILL")
+        .start();
+    // It must be dropped before the daemon, which could not exit if it waited for a read.
+    let wall = wall;
+    let [hidden, unchanged] = adopted_during_upgrade(&installed, &daemon, &leaver, 0);
+    daemon.status();
+    let mut slowest = Duration::ZERO;
+    wait_for("the end of what has a mark", PATIENCE, || {
+        let began = Instant::now();
+        daemon.status();
+        slowest = slowest.max(began.elapsed());
+        !process::runs(unchanged)
+    });
+    assert_within("each answer", slowest, Duration::from_secs(1));
+    daemon.wait_log("could not read the environment of process");
+    wait_upgraded(&daemon);
+    assert!(process::runs(hidden), "nothing says whose it is");
+    kill(Pid::from_raw(hidden), Signal::SIGKILL).unwrap();
+    drop(wall);
+    wait_for("its end", PATIENCE, || !process::runs(hidden));
+    process::wait_for_no_zombies(daemon.pid());
 }

@@ -1,7 +1,7 @@
 //! Tests peers of unix sockets that attach descriptors whose close blocks (SO_LINGER with unsent bytes):
 //! clients, pool programs, workers under an attacker's control. No one else may notice.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -224,7 +224,7 @@ while head := calls.recv(4, socket.MSG_WAITALL):
 #[test]
 fn a_program_that_attaches_a_descriptor_delays_no_other_call() {
     let config = format!(
-        "{UNIX}[pools.p]\ncommand = [\"python3\", \"evil.py\"]\nready = \"alive\"\ndirectory = \".\"\n\
+        "{UNIX}[pools.p]\nprocesses = 1\ncommand = [\"python3\", \"evil.py\"]\nready = \"alive\"\ndirectory = \".\"\n\
          environment = {{ PATH = \"/usr/local/bin:/usr/bin:/bin\" }}\n[methods.evil]\npool = \"p\"\n"
     );
     let daemon = Daemon::builder()
@@ -240,4 +240,41 @@ fn a_program_that_attaches_a_descriptor_delays_no_other_call() {
         assert_eq!(answer["result"], 1, "{answer}");
         ping(&daemon);
     }
+}
+
+#[test]
+fn a_client_of_the_observer_that_attaches_a_descriptor_delays_no_other() {
+    const GET: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[observe]\naddress = \"unix:o.sock\"\n")
+        .start();
+    let path = daemon.dir().join("o.sock");
+    for (_, fd) in sockets_of(daemon.pid()) {
+        let Some(socket) = borrowed(daemon.pid(), fd) else {
+            return;
+        };
+        if getsockopt(&socket, sockopt::AcceptConn) == Ok(true) {
+            allow(&socket);
+        }
+    }
+    let hostile = |_| {
+        let client = UnixStream::connect(&path).unwrap();
+        let (fd, deaf) = lingering();
+        let _ = send(&client, GET, &[fd.as_raw_fd()]);
+        (client, deaf)
+    };
+    let clients: Vec<(UnixStream, TcpStream)> = (0..4).map(hostile).collect();
+    let get = || {
+        at_once("a page", || {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            client.write_all(GET).unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        });
+    };
+    get();
+    drop(clients);
+    get();
 }

@@ -4,6 +4,7 @@
 //! strace makes them fail (`-e inject`), the k-th call of each process. Start, calls, reload and stop are
 //! one cycle. Some of each kind are tested, or all up to the highest k of `PREFORKD_INJECTIONS`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::support::load::{Load, Shape};
-use crate::support::{Daemon, alone, from_environment, pass};
+use crate::support::{Daemon, Dir, PATIENCE, alone, from_environment, pass, wait_for};
 
 /// What fails, how, and in how many different places at least.
 const FAILURES: [(&str, &[&str], u64); 30] = [
@@ -79,6 +80,7 @@ builtin = \"echo\"
 command = [\"cat\"]
 output = \"json\"
 [pools.idle]
+processes = 1
 command = [\"sleep\", \"1000\"]
 ready = \"alive\"
 [methods.idle]
@@ -268,23 +270,28 @@ fn every_seventh_call_that_can_wait_is_interrupted_and_no_call_is_lost() {
     }
 }
 
-/// A kernel without Landlock, one where it is off, and a filter that does not know it.
+/// A kernel without Landlock, one where it is off, a filter that does not know it, and version 1 (before Linux 5.19),
+/// which would refuse each rename across directories.
 #[test]
 #[ignore = "needs strace and the right to trace; tests/run runs it"]
 fn where_landlock_is_missing_programs_run_and_the_status_says_why() {
-    for (error, reason) in [
-        ("ENOSYS", "this kernel has no Landlock"),
-        ("EOPNOTSUPP", "Landlock is off in this kernel"),
+    for (fault, reason) in [
+        ("error=ENOSYS", "this kernel has no Landlock"),
+        ("error=EOPNOTSUPP", "Landlock is off in this kernel"),
         (
-            "EPERM",
+            "error=EPERM",
             "a system call filter refuses landlock_create_ruleset",
         ),
+        (
+            "retval=1",
+            "this kernel's Landlock refuses renames across directories",
+        ),
     ] {
-        let words = injected(&[("landlock_create_ruleset", &format!("error={error}"))]);
+        let words = injected(&[("landlock_create_ruleset", fault)]);
         let daemon = Daemon::builder().config(CONFIG).under(&words).start();
         assert_eq!(
-            daemon.client().call(&json!({"in": "cat", "params": error}))["result"],
-            error
+            daemon.client().call(&json!({"in": "cat", "params": fault}))["result"],
+            fault
         );
         let warnings = daemon.status()["master"]["warnings"].clone();
         let warnings: Vec<String> = serde_json::from_value(warnings).unwrap();
@@ -297,4 +304,41 @@ fn where_landlock_is_missing_programs_run_and_the_status_says_why() {
         let log = daemon.log();
         assert_eq!(log.matches("without a guard").count(), 1, "{log}");
     }
+}
+
+/// Another user could put a link in the place of a socket between bind(2) and a change of its mode by path.
+#[test]
+#[ignore = "needs strace and the right to trace; tests/run runs it"]
+fn no_socket_gets_its_mode_by_its_path() {
+    let dir = Dir::new();
+    let calls = "trace=bind,fchmod,?chmod,fchmodat,?fchmodat2";
+    let words = ["strace", "-DD", "-f", "-qq", "-s", "200", "-e", calls, "-o"];
+    let mut words: Vec<String> = words.map(str::to_owned).to_vec();
+    words.push(dir.join("trace").display().to_string());
+    let config = |mode: &str| {
+        format!(
+            "[workers]\ncount = 1\n[[listen]]\naddress = \"unix:rpc.sock\"\nmode = \"{mode}\"\n"
+        )
+    };
+    let daemon = Daemon::builder()
+        .config(&config("0606"))
+        .under(&words)
+        .start();
+    let path = daemon.dir().join("rpc.sock");
+    let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(), 0o606);
+    daemon.reload_with(&config("0640"));
+    assert_eq!(mode(), 0o640);
+    drop(daemon);
+    // strace writes the rest of its file when the last process has ended.
+    wait_for("the trace", PATIENCE, || dir.read("trace").contains("0640"));
+    let trace = dir.read("trace");
+    let lines: Vec<&str> = trace.lines().collect();
+    let at = |call: &str, text: &str| {
+        let mut lines = lines.iter();
+        lines.position(|line| line.contains(call) && line.contains(text))
+    };
+    let (set, bound) = (at("fchmod(", ", 0606)"), at("bind(", "rpc.sock"));
+    assert!(set.is_some() && set < bound, "{trace}");
+    assert_eq!(at("chmod", ".sock"), None, "{trace}");
 }

@@ -3,11 +3,13 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
 
 use nix::sys::signal::Signal;
 use nix::unistd::geteuid;
 
-use crate::support::{Daemon, Dir, PATIENCE, check, wait_for};
+use crate::support::{Daemon, Dir, PATIENCE, binary, check, wait_for};
 
 const OTHER: u32 = 65534;
 
@@ -104,4 +106,61 @@ fn check_names_what_another_user_can_write() {
         warned.contains("open.toml can be written by all users"),
         "{warned}"
     );
+}
+
+/// Answers each request as a master does, and keeps what it was asked.
+const IMPOSTOR: &str = r#"
+import os, socket, sys
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+while True:
+    client, _ = server.accept()
+    request = client.recv(4096)
+    if request:
+        with open(sys.argv[1] + ".asked", "ab") as file:
+            file.write(request)
+        client.sendall(b'{"ok": true, "text": "generation 2 serves"}\n')
+    client.close()
+"#;
+
+#[test]
+fn a_command_of_root_asks_no_server_of_another_user_where_all_users_can_write() {
+    if !geteuid().is_root() {
+        return println!("not run: it needs root");
+    }
+    let dir = Dir::new();
+    fs::set_permissions(&*dir, Permissions::from_mode(0o1777)).unwrap();
+    let socket = dir.join("c.sock");
+    let mut server = Command::new("python3")
+        .args(["-c", IMPOSTOR])
+        .arg(&socket)
+        .spawn()
+        .unwrap();
+    wait_for("its socket", PATIENCE, || {
+        UnixStream::connect(&socket).is_ok()
+    });
+    let commands = [
+        &["reload"][..],
+        &["upgrade"],
+        &["scale", "2"],
+        &["stop"],
+        &["status"],
+    ];
+    let outputs = commands.map(|words| {
+        let mut command = Command::new(binary());
+        command.args(words).arg("--control-socket").arg(&socket);
+        command.output().unwrap()
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    for output in outputs {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(77), "{said}");
+        assert!(said.contains("nothing was asked of it"), "{said}");
+    }
+    assert!(!dir.join("c.sock.asked").exists());
 }

@@ -117,7 +117,7 @@ fn neither_commands_nor_programs_nor_workers_have_the_operators_terminal() {
             format!(
                 "[methods.look]\ncommand = [\"python3\", {program:?}]\noutput = \"json\"\n\
                  [methods.pooled]\npool = \"p\"\n\
-                 [pools.p]\ncommand = [\"python3\", {program:?}, {seen:?}]\nready = \"alive\"\n"
+                 [pools.p]\nprocesses = 1\ncommand = [\"python3\", {program:?}, {seen:?}]\nready = \"alive\"\n"
             )
         },
     );

@@ -137,7 +137,7 @@ fn a_result_that_is_no_json_reaches_no_client() {
     let program = dir.write("program.py", "import time; time.sleep(3600)");
     let daemon = Daemon::builder()
         .config(&format!(
-            "[workers]\ncount = 1\n[pools.p]\ncommand = [\"python3\", {program:?}]\nready = \"alive\"\n\
+            "[workers]\ncount = 1\n[pools.p]\nprocesses = 1\ncommand = [\"python3\", {program:?}]\nready = \"alive\"\n\
              [methods.wait]\npool = \"p\"\n"
         ))
         .start();

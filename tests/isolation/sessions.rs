@@ -130,7 +130,7 @@ while True:
     body = json.dumps({'out': call['in'], 'result': os.getpid()}).encode()
     calls.sendall(struct.pack('<I', len(body)) + body)
 ";
-const POOL_TABLES: &str = "[pools.p]\ncommand = [\"python3\", \"pool.py\"]\nready = \"alive\"\n\
+const POOL_TABLES: &str = "[pools.p]\nprocesses = 1\ncommand = [\"python3\", \"pool.py\"]\nready = \"alive\"\n\
                            directory = \".\"\nreload = \"keep\"\n[methods.who]\npool = \"p\"\n";
 
 #[test]
@@ -284,4 +284,26 @@ fn a_stop_answers_the_running_call_and_closes_the_connection() {
     drop(busy);
     assert!(daemon.wait_exit().success());
     daemon.wait_group_gone();
+}
+
+/// Whatever the account of the workers is.
+#[test]
+fn acceptor_and_sessions_run_as_the_user_of_their_listener() {
+    if !nix::unistd::geteuid().is_root() {
+        return println!("not run: it needs root");
+    }
+    let command = "[methods.who]\ncommand = [\"id\", \"-u\"]\noutput = \"line\"\n";
+    let daemon = builder(command, "user = 54321\ngroup = 54322\n").start();
+    let mut client = daemon.client();
+    assert_eq!(client.call(&json!({"in": "who"}))["result"], "54321");
+    let field = |pid, key: &str| process::field(pid, key).unwrap();
+    let all = |id: &str| [id; 4].join("\t");
+    for pid in [acceptor(&daemon), session_of(&client)] {
+        assert_eq!(field(pid, "Uid"), all("54321"), "of {pid}");
+        assert_eq!(field(pid, "Gid"), all("54322"), "of {pid}");
+        assert_eq!(field(pid, "Groups"), "54322", "of {pid}");
+        assert_eq!(field(pid, "CapEff").trim_start_matches('0'), "");
+        assert_eq!(field(pid, "NoNewPrivs"), "1");
+    }
+    assert_eq!(field(daemon.ready_workers()[0], "Uid"), all("0"));
 }

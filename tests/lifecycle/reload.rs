@@ -231,8 +231,8 @@ fn a_generation_that_does_not_come_up_is_given_up_and_the_old_one_serves() {
     let load = Callers::connecting(daemon.address(), 2);
     // Its program never reports ready.
     daemon.configure(
-        "[workers]\ncount = 2\nboot-timeout = \"500ms\"\n\
-         [pools.p]\ncommand = [\"sleep\", \"60\"]\nready = \"message\"\n[methods.m]\npool = \"p\"\n",
+        "[workers]\ncount = 2\nboot-timeout = \"3s\"\n\
+         [pools.p]\nprocesses = 1\ncommand = [\"sleep\", \"60\"]\nready = \"message\"\n[methods.m]\npool = \"p\"\n",
     );
     let refused = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -332,7 +332,7 @@ fn a_command_that_names_another_file_than_the_servers_is_refused() {
 #[test]
 fn a_warning_is_logged_once_and_stays_in_the_status() {
     let daemon = Daemon::builder().config(GOOD).start();
-    let unused = format!("{GOOD}[pools.idle]\ncommand = [\"cat\"]\n");
+    let unused = format!("{GOOD}[pools.idle]\nprocesses = 1\ncommand = [\"cat\"]\n");
     for (config, is_new) in [(GOOD, false), (&unused, true), (&unused, false)] {
         daemon.configure(config);
         let done = daemon.command(&["reload"]);

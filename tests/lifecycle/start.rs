@@ -277,7 +277,7 @@ fn a_log_that_moves_on_during_a_reload_stays_there_when_that_is_refused() {
     let config = format!("{DETACHED}boot-timeout = \"3s\"\n{OWN_SOCKET}");
     assert!(run(&dir, &config).status.success());
     let daemon = Running(&dir);
-    let pool = "[pools.late]\ncommand = [\"sleep\", \"1000\"]\nready = \"message\"\n\
+    let pool = "[pools.late]\nprocesses = 1\ncommand = [\"sleep\", \"1000\"]\nready = \"message\"\n\
                 [methods.late]\npool = \"late\"\n";
     dir.write("p.toml", format!("{config}{pool}"));
     kill(Pid::from_raw(daemon.pid()), Signal::SIGHUP).unwrap();
@@ -396,4 +396,43 @@ fn a_log_pipe_without_reader_does_not_end_the_master() {
         daemon.ready_workers().len() == 1
     });
     assert!(daemon.status()["master"]["lost_log_lines"].as_u64() > Some(0));
+}
+
+#[test]
+fn a_rotated_log_is_open_in_no_acceptor_session_or_jobs_process_after_usr1() {
+    let has_jobs = cfg!(feature = "jobs-sqlite");
+    let jobs = match has_jobs {
+        true => "[jobs]\nstore = \"sqlite:jobs.db\"\n",
+        false => "",
+    };
+    let daemon = Daemon::builder()
+        .config(&format!(
+            "log.file = \"server.log\"\n[workers]\ncount = 1\n[observe]\naddress = \"127.0.0.1:0\"\n{jobs}"
+        ))
+        .listen("isolation = \"connection\"\nspare = 1\n")
+        .start();
+    let mut client = daemon.client();
+    let pong = r#"{"out":"pong","result":null}"#;
+    assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
+    let rotated = daemon.dir().join("rotated");
+    std::fs::rename(daemon.dir().join("server.log"), &rotated).unwrap();
+    let holds = |pid: &i32| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        open.flatten()
+            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path == rotated))
+    };
+    let holders = || -> Vec<String> {
+        let all = process::descendants(daemon.pid()).into_iter();
+        let all = all.chain([daemon.pid()]).filter(holds);
+        all.map(process::title).collect()
+    };
+    let before = holders();
+    let has = |text: &str| before.iter().any(|title| title.contains(text));
+    assert!(has(": acceptor ") && has(": connection 127."), "{before:?}");
+    assert_eq!(has(": jobs"), has_jobs, "{before:?}");
+    daemon.signal(Signal::SIGUSR1);
+    wait_for("the old log closed", PATIENCE, || holders().is_empty());
+    assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
 }

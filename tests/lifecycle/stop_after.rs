@@ -105,6 +105,7 @@ fn a_reload_that_waits_for_another_is_refused_by_a_lame_duck() {
         .start();
     let never_ready = "
 [pools.p]
+processes = 1
 command = [\"sh\", \"-c\", \"trap '' TERM; while :; do sleep 1; done\"]
 ready = \"message\"
 [methods.slow]

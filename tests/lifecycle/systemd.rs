@@ -489,3 +489,29 @@ fn install_takes_the_packaged_build_from_the_directory_of_cargo() {
         assert!(bytes.ends_with(profile.as_bytes()), "{profile}");
     }
 }
+
+/// The commands stand in the comment of the socket unit and in operations.md.
+#[test]
+#[ignore = "needs root and cgroup2: tests/run runs it where they are"]
+fn systemd_a_service_that_runs_is_switched_to_the_socket_unit() {
+    let read = |file: &str| std::fs::read_to_string(source().join(file)).unwrap();
+    let unit = read("systemd/preforkd.socket");
+    let (_, how) = unit.split_once("To switch:").unwrap();
+    let commands: Vec<&str> = how
+        .lines()
+        .filter_map(|line| line.strip_prefix("#   "))
+        .filter(|line| line.starts_with("systemctl "))
+        .collect();
+    let page = read("docs/operations.md");
+    let is_told = |block: &markdown::Block| block.text.lines().eq(commands.iter().copied());
+    assert!(markdown::blocks(&page).iter().any(is_told), "{commands:?}");
+    let sandbox = Sandbox::with_preforkd("", "");
+    sandbox.run("systemctl enable --now preforkd.service");
+    let refused = sandbox.try_run("systemctl enable --now preforkd.socket");
+    assert!(!refused.status.success(), "{}", text(&refused));
+    sandbox.run(&commands.join("\n"));
+    sandbox.assert_serves();
+    sandbox.run("systemctl is-active preforkd.socket preforkd.service");
+    // From now on systemd holds the address.
+    sandbox.run("systemctl stop preforkd.service && preforkd call ping 1");
+}

@@ -50,10 +50,12 @@ while True:
 /// Methods that answer their params; the held ones do so when the file `go` exists.
 const METHODS: &str = r#"
 [pools.quick]
+processes = 1
 command = ["python3", "pool.py"]
 directory = "."
 ready = "alive"
 [pools.held]
+processes = 1
 command = ["python3", "pool.py"]
 directory = "."
 ready = "alive"
@@ -78,6 +80,7 @@ const NEVER_READY: &str = r#"
 [workers]
 count = 2
 [pools.never]
+processes = 1
 command = ["sleep", "60"]
 ready = "message"
 boot-timeout = "500ms"

@@ -24,6 +24,7 @@ const TOO_SLOW: &str = "
 count = 2
 boot-timeout = \"500ms\"
 [pools.p]
+processes = 1
 command = [\"sleep\", \"60\"]
 ready = \"message\"
 [methods.m]

@@ -116,7 +116,7 @@ fn read_pages(daemon: &Daemon) -> Value {
 #[test]
 fn garbage_of_a_worker_a_pool_process_or_a_session_harms_no_reader_and_no_other_block() {
     let config = "[workers]\ncount = 1\n[observe]\naddress = \"127.0.0.1:0\"\n[slow-log]\nthreshold = \"1s\"\n\
-        [pools.cat]\ncommand = [\"/bin/sleep\", \"1000\"]\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n\
+        [pools.cat]\nprocesses = 1\ncommand = [\"/bin/sleep\", \"1000\"]\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n\
         [[listen]]\naddress = \"127.0.0.1:0\"\n\
         [[listen]]\naddress = \"127.0.0.2:0\"\nisolation = \"connection\"\n";
     let daemon = Daemon::builder().config(config).start();

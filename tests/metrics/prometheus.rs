@@ -221,7 +221,7 @@ fn each_expression_of_the_dashboard_returns_a_series() {
     let config = format!(
         "[workers]\ncount = 2\nthreads = 2\n{OBSERVE}[methods.sleep]\nbuiltin = \"sleep\"\n\
          [methods.fails]\ncommand = [\"/bin/false\"]\n\
-         [pools.cat]\ncommand = [\"/bin/sleep\", \"1000\"]\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n\
+         [pools.cat]\nprocesses = 1\ncommand = [\"/bin/sleep\", \"1000\"]\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n\
          {JOBS}[[listen]]\naddress = \"127.0.0.1:0\"\n\
          [[listen]]\naddress = \"127.0.0.2:0\"\nisolation = \"connection\"\n"
     );

@@ -5,11 +5,14 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Pid, Uid};
 use serde_json::json;
 
 use super::{CONFIG, address, builder, observer, page, series};
+use crate::support::descriptors::{borrow, sockets_of};
 use crate::support::{Daemon, Dir, PATIENCE, SetOnDrop, alone, process, wait_for};
 
 /// A user with no other process.
@@ -182,4 +185,27 @@ fn an_address_that_is_not_permitted_fails_the_start_and_refuses_a_reload() {
     assert!(told.contains("observe.address"), "{told}");
     assert_eq!(observer(&daemon), Some((address, pid)));
     assert_eq!(page(address, "/healthz").status, 200);
+}
+
+/// An observer shares its listener with the next ones, so it can make them wait in accept4(2).
+#[test]
+fn a_listener_that_was_made_to_wait_does_not_stop_the_observer() {
+    let daemon = builder().start();
+    let (address, pid) = observer(&daemon).unwrap();
+    // From its first answer on, it has no descriptor of the master.
+    assert_eq!(page(address, "/healthz").status, 200);
+    let listener = sockets_of(pid).into_iter().find_map(|(_, fd)| {
+        let socket = borrow(pid, fd).ok()?;
+        (getsockopt(&socket, sockopt::AcceptConn) == Ok(true)).then_some(socket)
+    });
+    let Some(listener) = listener else {
+        return println!("not run: this process may not trace others");
+    };
+    for _ in 0..3 {
+        let flags = OFlag::from_bits_retain(fcntl(&listener, FcntlArg::F_GETFL).unwrap());
+        let blocking = flags - OFlag::O_NONBLOCK;
+        fcntl(&listener, FcntlArg::F_SETFL(blocking)).unwrap();
+        assert_eq!(page(address, "/healthz").status, 200);
+    }
+    assert_eq!(observer(&daemon), Some((address, pid)));
 }

@@ -207,3 +207,20 @@ fn it_may_ask_the_master_for_the_status_only() {
     }
     assert_eq!(daemon.workers().len(), 2);
 }
+
+/// A service manager may send SIGTERM to all processes.
+#[test]
+fn one_that_gets_term_alone_serves_on() {
+    let _alone = alone();
+    let daemon = builder().start();
+    let (address, pid) = observer(&daemon).unwrap();
+    assert_eq!(page(address, "/healthz").status, 200);
+    let answers = scraping(&daemon, || {
+        signal(pid, Signal::SIGTERM);
+        pass(Duration::from_millis(500));
+    });
+    println!("{answers} answers");
+    assert_eq!(page(address, "/healthz").status, 200);
+    assert_eq!(observer(&daemon), Some((address, pid)));
+    assert_eq!(daemon.status()["deaths"], json!([]));
+}

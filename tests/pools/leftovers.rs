@@ -29,7 +29,7 @@ while True:
 fn hostile(expect: &[&str]) -> Hostile {
     let config = |command: &str| {
         format!(
-            "[pools.p]\ncommand = [{command}]\nready = \"alive\"\n\
+            "[pools.p]\nprocesses = 1\ncommand = [{command}]\nready = \"alive\"\n\
              [methods.hang]\npool = \"p\"\ntimeout = \"1s\"\n[methods.pid]\npool = \"p\"\n"
         )
     };

@@ -6,6 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use super::one_program;
 use crate::support::{Client, Daemon, PATIENCE, alone, process, source, wait_for};
 
 /// Methods with the Python helper, of both kinds.
@@ -52,8 +53,9 @@ serve()
 "#;
 
 fn config(program: &str, methods: &[&str], keys: &str) -> String {
+    let one = one_program(keys);
     let mut text = format!(
-        "[workers]\ncount = 2\n[pools.p]\ncommand = {program}\ndirectory = \".\"\n{keys}\n"
+        "[workers]\ncount = 2\n[pools.p]\n{one}command = {program}\ndirectory = \".\"\n{keys}\n"
     );
     for method in methods {
         text += &format!("[methods.\"{method}\"]\npool = \"p\"\n");

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
+use super::one_program;
 use crate::support::{Client, Daemon, Dir, PATIENCE, markdown, process, source, wait_for};
 
 /// The path of the interpreters, for the tests and for the programs.
@@ -39,8 +40,9 @@ fn daemon(command: &[&str], keys: &str, methods: &[&str]) -> Daemon {
         true => keys.to_owned(),
         false => format!("ready = \"alive\"\n{keys}"),
     };
+    let one = one_program(&keys);
     let mut text = format!(
-        "[workers]\ncount = 1\n[pools.p]\ncommand = {command:?}\n\
+        "[workers]\ncount = 1\n[pools.p]\n{one}command = {command:?}\n\
          environment = {{ PATH = {PATH:?} }}\n{keys}\n"
     );
     for method in methods {
@@ -129,7 +131,7 @@ while True:
     let dir = Dir::new();
     let program = dir.write("denies.py", program);
     let config = format!(
-        "[workers]\ncount = 1\n[pools.p]\ncommand = [\"python3\", {program:?}]\n[methods.m]\npool = \"p\"\n"
+        "[workers]\ncount = 1\n[pools.p]\nprocesses = 1\ncommand = [\"python3\", {program:?}]\n[methods.m]\npool = \"p\"\n"
     );
     let daemon = Daemon::builder().config(&config).start();
     let error = &answer(&mut daemon.client(), "m", &json!(1))["result"];
@@ -300,4 +302,38 @@ fn shell() {
         1
     );
     leaves(daemon);
+}
+
+/// It fails later than after the time for which a program with `ready = "alive"` must live.
+#[test]
+fn the_pool_in_the_readme_takes_no_program_that_fails_while_it_loads() {
+    if !has("python3", &["-c", ""]) {
+        return;
+    }
+    let readme = std::fs::read_to_string(source().join("README.md")).unwrap();
+    let blocks = markdown::blocks(&readme);
+    let program = blocks.iter().find(|block| block.language == "py").unwrap();
+    let pool = blocks
+        .iter()
+        .find(|block| block.text.contains("[pools.model]"))
+        .unwrap();
+    let dir = Dir::new();
+    let path = dir.write("model.py", &program.text);
+    std::fs::copy(example("python/preforkd.py"), dir.join("preforkd.py")).unwrap();
+    let pool = pool.text.replace("/srv/model.py", path.to_str().unwrap());
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 1\n{pool}"))
+        .expect_log("before it was ready")
+        .expect_log("no_such_module")
+        .start();
+    dir.write(
+        "model.py",
+        "import time\ntime.sleep(0.3)\nimport no_such_module\n",
+    );
+    let reload = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&reload.stderr).into_owned();
+    assert_eq!(reload.status.code(), Some(1), "{said}");
+    assert!(said.contains("before it was ready"), "{said}");
+    let good = json!("a good day");
+    assert_eq!(answer(&mut daemon.client(), "score", &good)["result"], 1);
 }

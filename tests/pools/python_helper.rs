@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use super::one_program;
 use crate::support::{Client, Daemon, Dir, process, source};
 
 const PROGRAM: &str = r#"
@@ -53,8 +54,9 @@ fn helper() -> String {
 }
 
 fn daemon(keys: &str, expected: &[&str]) -> Daemon {
+    let one = one_program(keys);
     let mut text = format!(
-        "[workers]\ncount = 1\n[pools.p]\ncommand = [\"python3\", \"program.py\"]\ndirectory = \".\"\n{keys}\n"
+        "[workers]\ncount = 1\n[pools.p]\n{one}command = [\"python3\", \"program.py\"]\ndirectory = \".\"\n{keys}\n"
     );
     for method in ["say", "warn", "kind", "squares", "children"] {
         text += &format!("[methods.{method}]\npool = \"p\"\ntimeout = \"10s\"\n");

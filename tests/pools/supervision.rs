@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::one_program;
 use crate::support::{Client, Daemon, Dir, PATIENCE, assert_within, process, wait_for};
 
 /// The behaviours of a program, one method each.
@@ -131,8 +132,9 @@ fn config(program: &Path, argument: &str, workers: &str, pool: &str) -> String {
         true => "",
         false => "ready = \"alive\"\n",
     };
+    let one = one_program(pool);
     let mut text = format!(
-        "[workers]\ncount = 1\n{workers}\n[pools.p]\ncommand = [\"python3\", {program:?}, \
+        "[workers]\ncount = 1\n{workers}\n[pools.p]\n{one}command = [\"python3\", {program:?}, \
          \"{argument}\"]\n{ready}{pool}\n",
     );
     for method in METHODS {

@@ -415,3 +415,23 @@ fn a_stuck_function_costs_one_thread_and_its_caller_hears_in_time() {
         assert_eq!(answer["result"], number + 1);
     }
 }
+
+#[test]
+fn a_sum_that_is_no_integer_is_refused_and_does_not_wrap() {
+    let cases = [
+        ("minimal", json!({"in": "add", "params": [i64::MAX, 1]})),
+        ("arithmetic", json!({"in": "sum", "params": [i64::MAX, 1]})),
+        (
+            "arithmetic",
+            json!({"in": "subtract", "params": [i64::MIN, 1]}),
+        ),
+    ];
+    for (program, call) in cases {
+        let daemon = Daemon::builder()
+            .config("[workers]\ncount = 1\n")
+            .program(example(program))
+            .start();
+        let answer = daemon.client().call(&call);
+        assert_eq!(answer["result"]["name"], "invalid-params", "{answer}");
+    }
+}

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::support::wire::{DIALECTS, Dialect, Wire};
-use crate::support::{Daemon, Dir, PATIENCE, example, wait_for};
+use crate::support::{Daemon, Dir, PATIENCE, example, process, wait_for};
 
 /// The examples of the specification (section 7): the request, and the answer if there is one.
 const EXAMPLES: [(&str, Option<&str>); 15] = [
@@ -416,4 +416,28 @@ fn a_close_over_unix_cancels_the_calls_that_expect_an_answer_and_no_others() {
         daemon.status()["workers"][0]["connections"] == 0
     });
     assert_eq!(notes(&dir), 4);
+}
+
+/// It is built once for each generation.
+#[test]
+fn an_answer_of_rpc_discover_costs_no_work_for_each_method() {
+    const CALLS: usize = 200;
+    let methods: String = (0..2000)
+        .map(|number| format!("[methods.m{number}]\nbuiltin = \"echo\"\n"))
+        .collect();
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 1\n{methods}"))
+        .start();
+    let worker = daemon.ready_workers()[0];
+    let mut client = daemon.client();
+    let discover = r#"{"jsonrpc":"2.0","method":"rpc.discover","id":1}"#;
+    assert!(client.call_text(discover).contains("\"m1999\""));
+    let before = process::cpu_ticks(worker).unwrap();
+    for _ in 0..CALLS {
+        client.call_text(discover);
+    }
+    let ticks = process::cpu_ticks(worker).unwrap() - before;
+    println!("{CALLS} documents of 2000 methods: {ticks} ticks of CPU");
+    // Building it takes about a tick (10 ms) or more.
+    assert!(ticks < 100, "{ticks} ticks");
 }

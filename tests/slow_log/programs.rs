@@ -14,6 +14,7 @@ threshold = "200ms"
 [methods.nap]
 pool = "p"
 [pools.p]
+processes = 1
 directory = "."
 stack-signal = "USR2"
 respawn-max-delay = "0s"

@@ -37,6 +37,7 @@ command = ["sh", "-c", "sh -c 'echo working >&2; sleep 60; true'; true"]
 [methods.deadlock]
 pool = "p"
 [pools.p]
+processes = 1
 command = ["python3", "program.py"]
 directory = "."
 "#;

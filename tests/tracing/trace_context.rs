@@ -32,13 +32,16 @@ pool = "several"
 [methods.frame]
 pool = "plain"
 [pools.one]
+processes = 1
 command = ["python3", "program.py"]
 directory = "."
 [pools.several]
+processes = 1
 command = ["python3", "program.py"]
 directory = "."
 concurrency = 4
 [pools.plain]
+processes = 1
 command = ["python3", "plain.py"]
 directory = "."
 ready = "alive"
@@ -338,7 +341,7 @@ fn log_lines_during_a_call_name_it() {
         &*directory
     );
     let program = "import sys, time\nfrom preforkd import method, serve\n@method\ndef tell(text):\n    print(text)\n    time.sleep(1)\nserve()\n";
-    let pool = "[pools.p]\ncommand = [\"python3\", \"program.py\"]\ndirectory = \".\"\n[methods.tell]\npool = \"p\"\n";
+    let pool = "[pools.p]\nprocesses = 1\ncommand = [\"python3\", \"program.py\"]\ndirectory = \".\"\n[methods.tell]\npool = \"p\"\n";
     let daemon = Daemon::builder()
         .config(&format!("[workers]\ncount = 1\n[trace]\n{gone}{pool}"))
         .python_program(program)

@@ -2,10 +2,10 @@
 //!
 //! A call's mark is in the environment of its processes. The owner of a process can block the read of its
 //! environment for as long as it wants (`sys::bounded`). A caller waits for a sweep, so the sweep must
-//! not wait for such a read. A thread reads, and the sweep waits at most [`PATIENCE`]. Then that process
-//! counts as unmarked, and another thread reads the others. When the late read ends, a new sweep looks
-//! for leftovers of ended calls. At most [`MOST_STUCK`] threads are in such reads. While there are that
-//! many, no mark is read, and leftovers of commands end with the worker.
+//! not wait long for such a read. A thread reads, and the sweep waits at most [`PATIENCE`] for it. If a
+//! read is late, its process counts as unmarked, and another thread reads the others. When the late read
+//! ends, a new sweep looks for leftovers of ended calls. At most [`MOST_STUCK`] threads are in such reads.
+//! While there are that many, no mark is read, and all processes count as unmarked (see `sweep`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -116,9 +116,9 @@ impl Reader {
                         Err(_) => {
                             let pid = left[0];
                             let text = format!(
-                                "could not read the environment of process {pid}, a leftover of a command, \
-                                 within {:?}: it keeps running until it can be read or the worker \
-                                 exits pid={pid}",
+                                "could not read the environment of process {pid}, which a command may have left \
+                                 behind, within {:?}: it is killed when all commands that may have started it \
+                                 have ended pid={pid}",
                                 self.patience
                             );
                             TROUBLE.log(log::Level::Warn, text);

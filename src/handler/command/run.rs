@@ -21,9 +21,7 @@ use super::in_progress::ShownCommand;
 use crate::handler::Context;
 use crate::sys::descriptor;
 use crate::sys::process::Exit;
-use crate::sys::spawn::{
-    ChildProcess, SpawnError, SpawnStep, SpawnTemplate, Stdio, null, spawn_dying_with_us,
-};
+use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, SpawnTemplate, Stdio, null, spawn};
 use crate::sys::waker::Waker;
 
 /// The size of one read in bytes.
@@ -110,7 +108,7 @@ pub(super) fn start(
     };
     // This thread waits for the command, so the death signal comes only if the whole process dies. It is
     // for the case that master, worker and keeper die together, and no process kills the group.
-    let child = spawn_dying_with_us(template, &arguments, environment, stdio)?;
+    let child = spawn(template, &arguments, environment, stdio)?;
     Ok(CommandProcess {
         child,
         stdin: stdin.map(|(_, writer)| writer),

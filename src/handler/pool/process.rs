@@ -26,9 +26,7 @@ use crate::logging;
 use crate::sys::memory::oom_kill_count;
 use crate::sys::process::{Pid, ReapedChild, resident_bytes};
 use crate::sys::socket::stream_pair;
-use crate::sys::spawn::{
-    ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn, spawn_dying_with_us,
-};
+use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn};
 use crate::throttle::Millis;
 
 /// The place of standard error among its outputs.
@@ -94,11 +92,7 @@ impl Process {
         let variable = running.variable();
         let environment = pool.program.environment(&variable, &[]);
         // The supervisor, whose thread this is, lives as long as its programs.
-        let start = match pool.has_jobs {
-            true => spawn_dying_with_us,
-            false => spawn,
-        };
-        let child = start(&pool.program.template, &arguments, &environment, stdio)
+        let child = spawn(&pool.program.template, &arguments, &environment, stdio)
             .map_err(NotStarted::Refused)?;
         let output = |pipe, level| Output {
             pipe: Some(pipe),

@@ -66,17 +66,9 @@ fn run(core: &mut JobsCore, actions: Actions) {
             ExecutorAction::JobEnded {
                 job,
                 method,
-                end: (state, reason),
+                end,
                 attempts,
-            } => {
-                if let Some(counters) = &core.counters {
-                    counters.ended(&method, state, reason);
-                }
-                if let (JobState::Dead, Some(reason)) = (state, reason) {
-                    log_dead(job, &method, reason, attempts);
-                }
-                calls::note_ended(core, job);
-            }
+            } => job_ended(core, (job, &method), end, attempts),
             ExecutorAction::Count(method, cause, took_us) => {
                 if let Some(counters) = &core.counters {
                     // An attempt that never began took no time.
@@ -142,11 +134,30 @@ pub fn store_opened(core: &mut JobsCore) {
 pub fn freed(core: &mut JobsCore, freed: &FreedAttempt) {
     if let Some(counters) = &core.counters {
         counters.attempted(&freed.method, AttemptCause::Lost, None);
-        if let JobFate::End { state, reason } = freed.fate {
-            counters.ended(&freed.method, state, reason);
-        }
     }
-    calls::note_ended(core, freed.id);
+    match freed.fate {
+        JobFate::End { state, reason } => {
+            job_ended(core, (freed.id, &freed.method), (state, reason), None);
+        }
+        JobFate::Wait { .. } => calls::note_ended(core, freed.id),
+    }
+}
+
+/// Handles the end of a job: counts it, logs it if the job is dead, and answers those who wait for it. `attempts` is
+/// how many there were, if that is known.
+pub fn job_ended(
+    core: &mut JobsCore,
+    (job, method): (JobId, &str),
+    (state, reason): (JobState, Option<EndReason>),
+    attempts: Option<u32>,
+) {
+    if let Some(counters) = &core.counters {
+        counters.ended(method, state, reason);
+    }
+    if let (JobState::Dead, Some(reason)) = (state, reason) {
+        log_dead(job, method, reason, attempts);
+    }
+    calls::note_ended(core, job);
 }
 
 /// Looks for due jobs in the store, because other processes may have added some.

@@ -4,6 +4,7 @@
 //! `unavailable`, which says whether the jobs may be stored all the same.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::claiming;
@@ -27,8 +28,9 @@ use crate::protocol::trace_context::TraceContext;
 use crate::sys::process::{monotonic_ns, unix_time_ms};
 use crate::sys::random::random_bytes;
 
-/// A wait is answered this long before the deadline of its call, in milliseconds.
-const ANSWER_MS: u64 = 5;
+/// A wait is answered before the deadline of its call: a tenth of the time earlier, but at least and at most this long,
+/// in milliseconds. Its record is read first, perhaps behind those of many other waits.
+const ANSWER_MS: RangeInclusive<u64> = 5..=500;
 
 type Outcome = Result<Vec<u8>, RpcError>;
 
@@ -182,7 +184,9 @@ fn trace_text(trace: &TraceContext) -> String {
 fn begin_wait(core: &mut JobsCore, place: CallPlace, call: &CallFrame<'_>) -> Result<(), RpcError> {
     let (job, timeout_ms) = enqueue::parse_job(&call.params, true)?;
     let asked_ms = core.now_ms.saturating_add(timeout_ms.unwrap_or(u64::MAX));
-    let until_ms = asked_ms.min(call.deadline_ms.saturating_sub(ANSWER_MS));
+    let left_ms = call.deadline_ms.saturating_sub(core.now_ms);
+    let answer_ms = (left_ms / 10).clamp(*ANSWER_MS.start(), *ANSWER_MS.end());
+    let until_ms = asked_ms.min(call.deadline_ms.saturating_sub(answer_ms));
     core.waits.add(place, job, until_ms);
     read(core, BTreeSet::from([job]));
     Ok(())
@@ -282,7 +286,7 @@ pub fn enqueued(core: &mut JobsCore, call: CallPlace, reply: EnqueueReply) {
                 core.config.max_jobs
             ),
         ),
-        EnqueueReply::TooLarge => refused(
+        EnqueueReply::StoreFull => refused(
             Code::Overloaded,
             format!(
                 "the store has reached {} bytes (jobs.max-size); try again later",

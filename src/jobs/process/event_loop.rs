@@ -41,6 +41,8 @@ pub const WAKER: u16 = 2;
 
 /// The time between two heartbeats, at most.
 const TICK_MS: u64 = 1_000;
+/// There are at least this many heartbeats in the time after which the master misses them.
+const TICKS_PER_TIMEOUT: u64 = 4;
 /// How often the store is checked for changes by another jobs process, while there is one, in milliseconds.
 const LOOK_MS: u64 = 100;
 const PIECE_LEN: usize = 64 * 1024;
@@ -80,6 +82,8 @@ pub struct LoopParts {
     pub record: &'static WorkerRecord,
     /// The longest drain if the master cannot order one any more.
     pub drain_timeout: Duration,
+    /// After this time without a heartbeat the master replaces the process.
+    pub heartbeat_timeout: Duration,
     pub show_draining: Box<dyn Fn()>,
 }
 
@@ -91,6 +95,7 @@ pub struct JobsLoop {
     failure: Option<String>,
     /// When the link to the master ended, in milliseconds (CLOCK_MONOTONIC).
     master_gone: Option<u64>,
+    tick_ms: u64,
     next_tick_ms: u64,
     /// When the store is checked next for changes by another process, in milliseconds (CLOCK_MONOTONIC).
     look_ms: u64,
@@ -103,8 +108,10 @@ pub struct JobsLoop {
 
 impl JobsLoop {
     pub fn new(parts: LoopParts) -> Self {
+        let heartbeat_ms = rules::milliseconds(parts.heartbeat_timeout);
         JobsLoop {
             parts,
+            tick_ms: TICK_MS.min(heartbeat_ms / TICKS_PER_TIMEOUT),
             stage: LoopStage::Starting,
             failure: None,
             master_gone: None,
@@ -134,7 +141,7 @@ impl JobsLoop {
             ];
             let next_ms = next_ms.into_iter().flatten().min().unwrap_or(u64::MAX);
             let wait_ms = next_ms.saturating_sub(monotonic_ms());
-            reactor.poll_once(wait_ms.min(TICK_MS), self)?;
+            reactor.poll_once(wait_ms.min(self.tick_ms), self)?;
             self.take_store_events()?;
             calls::pass_time(&mut self.parts.core);
             commands::take_tasks(&mut self.parts.core);
@@ -168,7 +175,7 @@ impl JobsLoop {
             record.capacity_epoch.fetch_add(1, Relaxed);
         }
         if core.now_ms >= self.next_tick_ms {
-            self.next_tick_ms = core.now_ms + TICK_MS;
+            self.next_tick_ms = core.now_ms + self.tick_ms;
             logging::report_lost_lines();
             let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
             record.lost_lines.store(lost, Relaxed);

@@ -161,6 +161,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         generation: boot.generation,
         record: boot.record,
         drain_timeout: boot.settings.longest_drain(),
+        heartbeat_timeout: boot.settings.workers.heartbeat_timeout,
         show_draining,
     });
     event_loop

@@ -32,6 +32,8 @@ pub fn handle(core: &mut JobsCore, event: StoreEvent) -> Option<StoreStep> {
                 attempts::freed(core, &freed);
             }
             status::count(core);
+            // Calls that waited before have not seen a record yet.
+            calls::look(core);
             return Some(StoreStep::Serve);
         }
         StoreEvent::State(state) => {
@@ -60,10 +62,8 @@ pub fn handle(core: &mut JobsCore, event: StoreEvent) -> Option<StoreStep> {
             // The clock of the system may have been set.
             attempts::look(core);
             for job in maintained.expired {
-                if let Some(counters) = &core.counters {
-                    counters.ended(&job.method, job.state, job.reason);
-                }
-                calls::note_ended(core, job.id);
+                let end = (job.state, job.reason);
+                attempts::job_ended(core, (job.id, &job.method), end, None);
             }
         }
     }

@@ -116,7 +116,7 @@ pub enum EnqueueReply {
     /// `max-jobs` live jobs exist. Nothing was stored.
     TooMany,
     /// The store is over `max-size`. Nothing was stored.
-    TooLarge,
+    StoreFull,
 }
 
 /// A job after its enqueue.

@@ -65,8 +65,8 @@ impl GenerationContext {
         Ok(Some(Arc::new(AccessFile::received(own))))
     }
 
-    /// Returns the instance for the child in a slot; `None` if it has no part in jobs. An acceptor and its sessions
-    /// run no attempts.
+    /// Returns what the child in a slot needs for durable jobs: the id of this server run and the lock of the store.
+    /// `None` if the child has no part in jobs. An acceptor and its sessions run no attempts.
     pub fn instance_of(
         &self,
         slot: Slot,
@@ -117,8 +117,8 @@ impl OldContexts {
         later.next().map(|(_, context)| context)
     }
 
-    /// Adds the context that served until the generation `after` replaced it. Calls `is_used` with the
-    /// generation that replaced each context, and drops the context if that returns false.
+    /// Adds the context that served until the generation `after` replaced it. For each context, calls
+    /// `is_used` with the generation that replaced it. Drops the context if that returns false.
     pub fn add(
         &mut self,
         after: Generation,
@@ -143,7 +143,7 @@ pub struct Contexts {
     /// The context of the generation that a reload starts.
     pub next: Option<Rc<GenerationContext>>,
     pub old: OldContexts,
-    /// The instance whose jobs are stored. `Some` from the first generation with `[jobs]` on.
+    /// This run of the server, as its job store knows it. `Some` from the first generation with `[jobs]` on.
     pub jobs: Option<Arc<JobsInstance>>,
 }
 

@@ -9,7 +9,7 @@ use crate::link::ids::Slot;
 use crate::link::metrics_board::layout::{HandlerKind, NAMES};
 use crate::link::metrics_board::{self, MetricsAccess, MetricsBoard};
 
-/// Returns what the process with a slot and a scoreboard record counts with.
+/// Returns the counters for the process that has this slot and scoreboard record, and the places of its methods there.
 ///
 /// # Errors
 /// If there is not enough memory.

@@ -21,6 +21,7 @@ use crate::sys::process::Pid;
 use crate::sys::process_tree;
 use crate::sys::process_tree::PidFd;
 use crate::sys::spawn;
+use crate::throttle::limiter::SharedLimiter;
 
 /// If this many readers are late and have not ended, no marks are read.
 const MOST_LATE: usize = 4;
@@ -270,10 +271,13 @@ impl Orphans {
 
     /// Leaves a process alone because nothing is known of it.
     fn cannot_read(&mut self, pid: Pid) {
-        log::warn!(
+        // A command can leave thousands of such processes behind.
+        static UNREADABLE: SharedLimiter = SharedLimiter::new();
+        let text = format!(
             "could not read the environment of process {pid} in time: it may be a leftover of a dead \
              worker and is left alone; end it if it is not needed pid={pid}"
         );
+        UNREADABLE.log(log::Level::Warn, text);
         self.unreadable.insert(pid);
         if self.unclear.remove(&pid) {
             self.preexisting.insert(pid);

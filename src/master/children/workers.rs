@@ -40,7 +40,7 @@ use nix::sys::signal::Signal;
 
 pub use super::generation_info::{GenerationContext, GenerationInfo};
 
-/// The largest number of reports that are read from one child at once.
+/// The largest number of reports, and of startup log lines, that are read from one child at once.
 const MOST_REPORTS: usize = 64;
 
 /// The state of the master that a fork needs.
@@ -55,9 +55,9 @@ pub struct ForkContext<'a> {
     pub worker_main: WorkerMain,
     /// Whether a start or reload waits for the child. If so, its log lines are kept until it is ready.
     pub awaited: bool,
-    /// The oldest generation that it serves, and the contexts of earlier generations.
+    /// The oldest generation that the child serves, and the contexts of earlier generations.
     pub oldest: (Generation, &'a OldContexts),
-    /// The instance whose jobs are stored.
+    /// This run of the server, as its job store knows it.
     pub jobs: Option<&'a Arc<JobsInstance>>,
 }
 
@@ -87,20 +87,21 @@ pub struct WorkerHandle {
     /// That file, if `keep-connections` is off. Then there is no keeper, and the master itself finds out which lines
     /// the child was writing when it died.
     pub kept_file: Option<Arc<AccessFile>>,
-    /// How many of its threads the master reads for the slow log.
+    /// Limits how many of its threads the master reads for the slow log.
     pub slow_reads: Limiter,
     /// Its log lines until it is ready; `None` if no start or reload waits for it.
     pub(super) startup_log: Option<GuardedSocket>,
 }
 
-/// All living children except keepers and sessions.
+/// The children of the master, and the memory that they share. `living` has neither keeper nor session nor observer.
 #[derive(Debug)]
 pub struct Children {
     pub board: Scoreboard,
     pub metrics: MetricsBoard,
     pub(super) free: BTreeSet<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,
-    /// The scoreboard records of pool processes and acceptors that an earlier version of the master has forked.
+    /// The scoreboard records of pool processes, jobs processes and acceptors that the program before an upgrade has
+    /// forked.
     pub(super) reserved: HashMap<Pid, usize>,
     pub(super) links: Links,
     /// The keepers of dead workers.
@@ -142,7 +143,7 @@ impl Children {
         context: &Rc<GenerationContext>,
         parent: ForkContext<'_>,
     ) -> io::Result<Pid> {
-        // Other children get the highest record, because an older version gives the lowest to its next
+        // Other children get the highest free record. An older version may not know that it is in use, and gives the
         // worker.
         let first = slot.is_worker().then(|| self.free.pop_first());
         let index = first.unwrap_or_else(|| self.free.pop_last());
@@ -303,6 +304,7 @@ impl Children {
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
         };
+        let role = worker.slot.role();
         // The number is limited, so that one child cannot keep the master from the others.
         while reports.len() < MOST_REPORTS
             && !worker.is_ignored
@@ -318,16 +320,11 @@ impl Children {
                     worker.is_ignored = true;
                     reports.push(message.body);
                     if !matches!(message.body, Report::AllThreadsStuck(_)) {
-                        log::warn!(
-                            "worker {pid} sent descriptors with a report: its reports are ignored \
-                             from now on"
-                        );
+                        log_ignored(role, pid, "descriptors with a report");
                     }
                 }
                 Received::Message(..) | Received::WithDescriptors(_) | Received::Garbage => {
-                    log::warn!(
-                        "worker {pid} sent an invalid report: its reports are ignored from now on"
-                    );
+                    log_ignored(role, pid, "an invalid report");
                     worker.link = None;
                 }
                 Received::Empty => break,
@@ -341,7 +338,7 @@ impl Children {
     /// reaped, so this is not an error.
     pub fn order(&self, pid: Pid, body: Order, descriptor: Option<BorrowedFd<'_>>) {
         if let Err(error) = self.send(pid, body, descriptor) {
-            log::warn!("could not send the order {body:?} to worker {pid}: {error}");
+            log::warn!("could not send the order {body:?} to process {pid}: {error}");
         }
     }
 
@@ -447,4 +444,8 @@ impl WorkerHandle {
     pub fn heartbeat(&self) -> Option<u64> {
         Some(self.record.heartbeat_ms.load(Relaxed)).filter(|&at| at > 0)
     }
+}
+
+fn log_ignored(role: &str, pid: Pid, what: &str) {
+    log::warn!("{role} {pid} sent {what}: its reports are ignored from now on");
 }

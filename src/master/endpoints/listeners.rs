@@ -548,4 +548,15 @@ mod tests {
         );
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
     }
+
+    /// The kernel gives the path the mode of the socket. Changed later by path, it could be that of another file.
+    #[test]
+    fn a_socket_has_its_mode_before_it_has_a_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rpc.sock");
+        let fd = bind_path(&path, Some(0o606)).unwrap();
+        let of_path = fs::metadata(&path).unwrap().mode();
+        let of_socket = fs::File::from(fd).metadata().unwrap().mode();
+        assert_eq!((of_path & 0o777, of_socket & 0o777), (0o606, 0o606));
+    }
 }

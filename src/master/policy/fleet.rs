@@ -73,7 +73,7 @@ pub(crate) struct PendingReload {
     pub generation: Generation,
     /// Its limits, with the count clamped.
     pub limits: PolicyLimits,
-    /// Whether the canary has been ready. Then all other slots have been added.
+    /// Whether the canary (the first worker of the generation) has been ready. Then all other slots have been added.
     pub canary_ready: bool,
     /// The pool processes that stay.
     pub kept: Vec<PendingPool>,
@@ -122,7 +122,7 @@ pub struct Fleet {
     /// When the stop under way kills the remaining children.
     pub(crate) stop_until: Option<Millis>,
     /// Scale requests that came during start-up or a reload.
-    deferred: Option<Deferred>,
+    pub(super) deferred: Option<Deferred>,
     /// When the caller must call [`Fleet::tick`] at the latest.
     pub(crate) next_tick_at: Option<Millis>,
     /// The time of the current event. Never goes back.

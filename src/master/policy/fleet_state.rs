@@ -42,6 +42,9 @@ pub struct FleetState {
     /// The last deaths of other children. An older program shows only those of workers.
     #[serde(default)]
     pub other_deaths: Vec<Death>,
+    /// The last deaths of jobs processes. A version that does not know them could not read them among the others.
+    #[serde(default)]
+    pub jobs_deaths: Vec<Death>,
     /// The number of all deaths, including those without a record.
     pub deaths_total: u64,
 }
@@ -90,10 +93,10 @@ impl Fleet {
         // Pool processes and acceptors are in another part of the state (`WorkersState::pools`): a program that does
         // not know them must not end them.
         let is_worker = |(_, child): &(&Pid, &ChildRecord)| child.slot_id.slot.is_worker();
-        // A version that does not know the jobs process could not read its deaths.
-        let is_known = |death: &&Death| death.kind != DeathKind::Jobs;
-        let (deaths, other_deaths) = (self.deaths.iter().filter(is_known).cloned())
-            .partition(|death: &Death| death.kind == DeathKind::Worker);
+        let is_jobs = |death: &Death| death.kind == DeathKind::Jobs;
+        let (jobs_deaths, deaths): (_, Vec<Death>) = self.deaths.iter().cloned().partition(is_jobs);
+        let is_worker_death = |death: &Death| death.kind == DeathKind::Worker;
+        let (deaths, other_deaths) = deaths.into_iter().partition(is_worker_death);
         let child_state = |(pid, record): (&Pid, &ChildRecord)| ChildState {
             pid: *pid,
             record: record.clone(),
@@ -108,6 +111,7 @@ impl Fleet {
             observers: self.observer.pids().map(|pid| pid.0).collect(),
             deaths,
             other_deaths,
+            jobs_deaths,
             deaths_total: self.deaths.total(),
         }
     }
@@ -129,6 +133,7 @@ impl Fleet {
             deaths,
             observers,
             other_deaths,
+            jobs_deaths,
             deaths_total,
         } = state;
         let serving = Generation(generation);
@@ -206,7 +211,10 @@ impl Fleet {
         fleet.has_foreign_pools = true;
         let before = observers.into_iter().map(Pid).collect();
         fleet.observer.resume(before, &limits, now);
-        let mut deaths: Vec<Death> = deaths.into_iter().chain(other_deaths).collect();
+        let mut deaths: Vec<Death> = (deaths.into_iter())
+            .chain(other_deaths)
+            .chain(jobs_deaths)
+            .collect();
         deaths.sort_by_key(|death| death.at);
         fleet.deaths = Deaths::of(deaths.into_iter(), deaths_total);
         fleet.next_tick_at = fleet.earliest();

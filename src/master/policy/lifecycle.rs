@@ -1,7 +1,7 @@
 //! Handles the lifecycle of a child: forked, ready, retiring, dead. Also handles forks that were refused.
 //!
-//! Children may be broken or hostile. A report that its sender cannot make is logged as a warning and has no other
-//! effect.
+//! Children may be broken or hostile. A report that does not fit the state of its sender is logged as a warning
+//! and has no other effect.
 
 use log::Level;
 use nix::sys::signal::Signal;
@@ -218,7 +218,7 @@ impl Fleet {
             let death = Box::new(death.clone());
             let incident = Incident::Died(death.clone(), AfterDeath::Nothing);
             self.log_limited(Level::Warn, incident);
-            // Its programs were reported before it.
+            // The deaths of its programs were recorded before its own death.
             let is_its = |it: &&Death| {
                 (it.kind, &it.name) == (DeathKind::Program, &death.name)
                     && it.generation == death.generation

@@ -3,7 +3,7 @@
 //! The observer is not a worker: it has no slot, its death leaves no death record, and neither a start nor a
 //! reload waits for it. A new observer is forked before the old one exits, so no scrape is refused: both accept
 //! from the same socket. If the fork fails, the old one serves until a later try succeeds. An observer is
-//! killed if it does not exit within five seconds after SIGTERM, or if SIGSTOP stops it for that time.
+//! killed if it does not exit within five seconds after SIGQUIT, or if SIGSTOP stops it for that time.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::link::ids::Pid;
 use crate::throttle::limiter::Limiter;
 use crate::throttle::{Throttle, ThrottleLimits};
 
-/// How long an observer may take to exit after SIGTERM, or may be stopped by SIGSTOP, before it gets SIGKILL.
+/// How long an observer may take to exit after SIGQUIT, or may be stopped by SIGSTOP, before it gets SIGKILL.
 const PATIENCE: Millis = 5_000;
 /// The limit on log lines about observers: this number at once, then one per period.
 const LINES: (u64, Millis) = (8, 6_000);
@@ -45,7 +45,7 @@ pub(crate) struct ObserverRules {
     limits: ThrottleLimits,
     /// The observers before the current one. They serve until the current one is forked.
     before: Vec<Pid>,
-    /// The observers that got SIGTERM, and when each gets SIGKILL; `None` if it has already got SIGKILL.
+    /// The observers that got SIGQUIT, and when each gets SIGKILL; `None` if it has already got SIGKILL.
     leaving: BTreeMap<Pid, Option<Millis>>,
     lines: Limiter,
 }
@@ -90,19 +90,19 @@ impl ObserverRules {
         }
     }
 
-    /// Sends SIGTERM to all observers. No new one is forked.
+    /// Sends SIGQUIT to all observers. No new one is forked.
     pub fn stop(&mut self, now: Millis) -> Vec<Action> {
         self.before.extend(self.pid());
         self.current = Current::Unwanted;
         self.order_exit(now)
     }
 
-    /// Sends SIGTERM to the observers before the current one.
+    /// Sends SIGQUIT to the observers before the current one.
     fn order_exit(&mut self, now: Millis) -> Vec<Action> {
         let before = std::mem::take(&mut self.before);
         let order = |pid| {
             self.leaving.insert(pid, Some(now + PATIENCE));
-            let signal = Signal::SIGTERM;
+            let signal = Signal::SIGQUIT;
             Action::SignalObserver { pid, signal }
         };
         before.into_iter().map(order).collect()
@@ -275,11 +275,11 @@ mod tests {
         let mut rules = serving(10);
         assert_eq!(rules.renew(&LIMITS, 100), [Action::ForkObserver]);
         let actions = rules.fork_failed("EAGAIN".into(), 100);
-        assert_eq!(signalled(&actions, Signal::SIGTERM), []);
+        assert_eq!(signalled(&actions, Signal::SIGQUIT), []);
         let due = rules.deadline().unwrap_or_default();
         assert_eq!(rules.pass_time(due), [Action::ForkObserver]);
         let actions = rules.forked(Pid(11), due);
-        assert_eq!(signalled(&actions, Signal::SIGTERM), [Pid(10)]);
+        assert_eq!(signalled(&actions, Signal::SIGQUIT), [Pid(10)]);
         assert_eq!(rules.deadline(), Some(due + PATIENCE));
         let actions = rules.pass_time(due + PATIENCE);
         assert_eq!(signalled(&actions, Signal::SIGKILL), [Pid(10)]);
@@ -321,15 +321,15 @@ mod tests {
             ..LIMITS
         };
         let actions = rules.renew(&without, 7);
-        assert_eq!(signalled(&actions, Signal::SIGTERM), [Pid(10)]);
+        assert_eq!(signalled(&actions, Signal::SIGQUIT), [Pid(10)]);
         assert_eq!(rules.stop(8), []);
         let mut rules = serving(10);
         rules.renew(&LIMITS, 7);
         let actions = rules.stop(8);
-        assert_eq!(signalled(&actions, Signal::SIGTERM), [Pid(10)]);
+        assert_eq!(signalled(&actions, Signal::SIGQUIT), [Pid(10)]);
         // The fork that was under way is reported now.
         let actions = rules.forked(Pid(11), 9);
-        assert_eq!(signalled(&actions, Signal::SIGTERM), [Pid(11)]);
+        assert_eq!(signalled(&actions, Signal::SIGQUIT), [Pid(11)]);
         assert_eq!(rules.pid(), None);
     }
 
@@ -339,6 +339,6 @@ mod tests {
         rules.resume(vec![Pid(10)], &LIMITS, 50);
         assert_eq!(rules.pass_time(50), [Action::ForkObserver]);
         let actions = rules.forked(Pid(11), 51);
-        assert_eq!(signalled(&actions, Signal::SIGTERM), [Pid(10)]);
+        assert_eq!(signalled(&actions, Signal::SIGQUIT), [Pid(10)]);
     }
 }

@@ -505,7 +505,7 @@ fn the_jobs_process_is_the_last_to_leave() {
 }
 
 #[test]
-fn a_jobs_process_that_dies_is_replaced_and_its_death_stays_in_this_program() {
+fn a_jobs_process_that_dies_is_replaced_and_its_death_crosses_an_upgrade() {
     let mut world = World::serving(JOBS);
     let first = jobs(&world, 1);
     world.die(first, SEGV);
@@ -519,5 +519,6 @@ fn a_jobs_process_that_dies_is_replaced_and_its_death_stays_in_this_program() {
         state.other_deaths.is_empty(),
         "another version may not know it"
     );
+    assert_eq!(state.jobs_deaths[0].pid, first);
     assert!(state.children.iter().all(|child| child.pid != second));
 }

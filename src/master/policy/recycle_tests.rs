@@ -51,7 +51,7 @@ fn a_worn_worker_serves_until_its_successor_is_ready_and_its_end_is_no_death() {
 }
 
 #[test]
-fn a_worker_that_the_kernel_holds_holds_up_no_other_recycling() {
+fn a_worker_stuck_in_the_kernel_delays_no_other_recycle() {
     let mut world = World::serving(LIMITS);
     let old = reach_max_calls(&mut world, 1);
     world.all_ready();
@@ -64,7 +64,7 @@ fn a_worker_that_the_kernel_holds_holds_up_no_other_recycling() {
 }
 
 #[test]
-fn what_is_said_once_more_or_by_a_stranger_changes_nothing() {
+fn a_repeated_report_or_one_of_an_unknown_pid_changes_nothing() {
     let mut world = World::serving(LIMITS);
     let old = reach_max_calls(&mut world, 1);
     world.send(Event::MaxCallsReached {
@@ -140,7 +140,7 @@ fn memory_counts_when_it_is_seen_above_its_limit_twice_in_a_row() {
 }
 
 #[test]
-fn ages_end_apart_and_within_a_tenth() {
+fn lifetimes_end_at_different_times_in_their_last_tenth() {
     let mut world = World::serving(PolicyLimits {
         max_lifetime: LIFETIME,
         max_unavailable: 4,
@@ -224,7 +224,7 @@ fn a_successor_that_can_not_be_forked_or_never_gets_ready_is_tried_again() {
 }
 
 #[test]
-fn who_dies_or_retires_while_its_successor_starts_leaves_it_the_seat() {
+fn a_worker_that_dies_or_retires_while_its_successor_starts_leaves_it_the_slot() {
     for retires in [true, false] {
         let mut world = World::serving(LIMITS);
         let old = reach_max_calls(&mut world, 1);
@@ -342,7 +342,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn never_are_more_recycles_under_way_than_allowed_and_never_is_a_healthy_slot_empty(
+    fn no_more_recycles_run_than_allowed_and_no_healthy_slot_is_empty(
         count in 1usize..6,
         max_unavailable in 1usize..4,
         max_lifetime in prop_oneof![Just(0u64), 1_000u64..100_000],

@@ -43,7 +43,7 @@ impl<C> ReloadQueue<C> {
     }
 
     /// Returns whether to log that the next reload waits. Returns true once for each reload.
-    pub fn log_wait(&mut self) -> bool {
+    pub fn should_log_wait(&mut self) -> bool {
         !mem::replace(&mut self.wait_logged, true)
     }
 
@@ -83,9 +83,12 @@ mod tests {
         queue.request(None);
         queue.request(Some('a'));
         queue.request(Some('b'));
-        assert_eq!([queue.log_wait(), queue.log_wait()], [true, false]);
+        assert_eq!(
+            [queue.should_log_wait(), queue.should_log_wait()],
+            [true, false]
+        );
         queue.begin();
-        assert!(!queue.is_requested() && queue.log_wait());
+        assert!(!queue.is_requested() && queue.should_log_wait());
         queue.request(Some('c'));
         assert_eq!(queue.end(), ['a', 'b']);
         assert_eq!(queue.queued(), ['c']);
@@ -94,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_reload_that_another_program_does_waits_for_that() {
+    fn clients_of_a_reload_wait_for_the_next_one_if_another_program_carries_it_out() {
         let mut queue = ReloadQueue::new(true, vec!['a']);
         queue.begin();
         queue.request(Some('b'));

@@ -83,7 +83,7 @@ impl Fleet {
         }
     }
 
-    /// Orders a child that has no slot to exit. A child that is being ended by force needs no order.
+    /// Orders a child to exit. Its slot was given up before. A child that is being ended by force needs no order.
     pub(crate) fn order_exit(&mut self, pid: Pid, mode: StopMode) {
         let now = self.now;
         let child = self.child_mut(pid);
@@ -163,10 +163,10 @@ impl Fleet {
             _ => since + self.limits.drain_timeout,
         });
         // Pool processes exit after the workers that use them.
-        let now_leaves =
+        let exits_now =
             |child: &ChildRecord| !child.slot_id.serves_workers() || mode == StopMode::AtOnce;
         let pids: Vec<Pid> = (self.table.children.iter())
-            .filter(|(_, child)| now_leaves(child))
+            .filter(|(_, child)| exits_now(child))
             .map(|(pid, _)| *pid)
             .collect();
         let is_worker = |pid: &&Pid| self.table.children[*pid].slot_id.slot.is_worker();

@@ -96,6 +96,11 @@ impl Fleet {
         self.serving
     }
 
+    /// Returns whether a change of the number of workers waits for the end of a start-up or reload.
+    pub fn has_deferred_scale(&self) -> bool {
+        self.deferred.is_some()
+    }
+
     /// Returns the wanted number of workers.
     pub fn target_count(&self) -> usize {
         self.count

@@ -200,8 +200,17 @@ pub fn request(master: &mut Master<'_>, client: ClientId, request: ControlReques
                 ControlResponse::refused(master.stop_notice(), 1)
             } else if (1..=MAX_COUNT).contains(&count) {
                 handle_event(master, Event::Scale { count });
-                let count = master.fleet.target_count();
-                ControlResponse::said(pluralize(count, "worker is wanted", "workers are wanted"))
+                let is_deferred = master.fleet.has_deferred_scale();
+                let wanted = if is_deferred {
+                    count
+                } else {
+                    master.fleet.target_count()
+                };
+                let text = pluralize(wanted, "worker is wanted", "workers are wanted");
+                ControlResponse::said(match is_deferred {
+                    true => format!("{text}, when the reload has ended"),
+                    false => text,
+                })
             } else {
                 let most = MAX_COUNT;
                 ControlResponse::refused(

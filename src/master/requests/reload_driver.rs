@@ -35,7 +35,7 @@ pub fn reload_if_asked(master: &mut Master<'_>) {
         return;
     }
     if !master.fleet.can_reload() {
-        if master.fleet.drains_too_much() && master.reloads.log_wait() {
+        if master.fleet.drains_too_much() && master.reloads.should_log_wait() {
             log::warn!(
                 "the reload waits: {MOST_DRAINING_GENERATIONS} older generations still drain; it begins \
                  when one of them has exited"

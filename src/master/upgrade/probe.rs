@@ -21,7 +21,7 @@ use crate::sys::process::{Exit, Pid};
 use crate::sys::reexec;
 use crate::sys::reexec::c_string;
 use crate::sys::socket::nonblocking_pipe;
-use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
+use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn};
 
 /// The largest number of bytes of its output that are kept. The last ones are kept.
 const KEPT_BYTES: usize = 4096;
@@ -91,7 +91,7 @@ impl Probe {
             stderr: stdout.as_fd(),
             calls: None,
         };
-        let child = spawn_dying_with_us(
+        let child = spawn(
             &template,
             &strings(&arguments),
             &strings(&environment),

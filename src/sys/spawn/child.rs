@@ -33,8 +33,8 @@ pub(crate) struct Plan<'a> {
     pub stdio: &'a [RawFd],
     /// The rule set of its guard, if it has one.
     pub ruleset: Option<RawFd>,
-    /// The pid of this process, if the kernel kills the child when the thread that starts it ends.
-    pub dies_with: Option<libc::pid_t>,
+    /// The pid of this process. The kernel kills the child when the thread that starts it ends.
+    pub parent: libc::pid_t,
     pub failed: Cell<Option<SpawnError>>,
 }
 
@@ -98,13 +98,11 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
                 errno,
             })?;
         }
-        if let Some(parent) = plan.dies_with {
-            // Do this after the last change of user, which would clear it.
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            // If the parent died before the call, the signal never comes.
-            if libc::getppid() != parent {
-                libc::_exit(127);
-            }
+        // Do this after the last change of user, which would clear it.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        // If the parent died before the call, the signal never comes.
+        if libc::getppid() != plan.parent {
+            libc::_exit(127);
         }
         // Do this as the new user, who may have fewer rights to directories than this process.
         check(

@@ -104,8 +104,9 @@ pub fn null() -> io::Result<BorrowedFd<'static>> {
     Ok(NULL.get_or_init(|| file).as_fd())
 }
 
-/// Starts the program of `template`. `arguments` begin with argv[0]. `environment` is the whole
-/// environment of the child.
+/// Starts the program of `template`. `arguments` begin with argv[0]. `environment` is the whole environment of the
+/// child. The kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)). So call it in a thread that
+/// waits for the child, or that lives as long as its process.
 ///
 /// # Errors
 /// The step that failed; then no child remains.
@@ -115,32 +116,8 @@ pub fn spawn(
     environment: &[&CStr],
     stdio: Stdio<'_>,
 ) -> Result<ChildProcess, SpawnError> {
-    start(template, arguments, environment, stdio, None)
-}
-
-/// Starts a program as `spawn`, but the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)). Use it
-/// in a thread that waits for the child, or that lives as long as its process.
-///
-/// # Errors
-/// As for `spawn`.
-pub fn spawn_dying_with_us(
-    template: &SpawnTemplate,
-    arguments: &[&CStr],
-    environment: &[&CStr],
-    stdio: Stdio<'_>,
-) -> Result<ChildProcess, SpawnError> {
     // SAFETY: it has no arguments and cannot fail.
     let parent = unsafe { libc::getpid() };
-    start(template, arguments, environment, stdio, Some(parent))
-}
-
-fn start(
-    template: &SpawnTemplate,
-    arguments: &[&CStr],
-    environment: &[&CStr],
-    stdio: Stdio<'_>,
-    dies_with: Option<libc::pid_t>,
-) -> Result<ChildProcess, SpawnError> {
     let pointers = |strings: &[&CStr]| -> Vec<*const c_char> {
         let strings = strings.iter().map(|string| string.as_ptr());
         strings.chain([ptr::null()]).collect()
@@ -178,7 +155,7 @@ fn start(
         envp: &envp,
         stdio: &fds,
         ruleset,
-        dies_with,
+        parent,
         failed: Cell::new(None),
     };
     let mut stack = Vec::<u8>::with_capacity(STACK);

@@ -19,7 +19,7 @@ use crate::protocol::reply::Framing;
 use crate::sys::process::{monotonic_ns, unix_time};
 use crate::worker::slow_log::record::begin_of;
 
-/// The largest number of bytes of a method that is not configured.
+/// The largest number of bytes of a method's name, if the method is not configured.
 const METHOD_BYTES: usize = 128;
 
 /// The process that has the connections of the calls.
@@ -58,7 +58,7 @@ pub struct CallStart {
     pub read_ns: u64,
     pub accept_wait_ms: u64,
     pub received_bytes: usize,
-    /// When its handler began, likewise; 0: it has not, or that is not known.
+    /// When its handler began, in nanoseconds (CLOCK_MONOTONIC); 0: it has not begun, or that is not known.
     pub began_ns: u64,
     pub runner: CallRunner,
 }
@@ -127,7 +127,7 @@ struct JsonFields<'a> {
     cpu_us: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_rss_bytes: Option<u64>,
-    /// The time, in lines of the log, whose own time is another one.
+    /// When the call was read. Only lines of the log have it, because their `time` says when they were logged.
     #[serde(skip_serializing_if = "Option::is_none")]
     start: Option<&'a str>,
 }
@@ -137,8 +137,8 @@ struct JsonFields<'a> {
 pub struct LineWriter {
     process: LineProcess,
     format: LogFormat,
-    /// From CLOCK_MONOTONIC to the time since 1970, in nanoseconds.
-    epoch_ns: u64,
+    /// This plus a time of CLOCK_MONOTONIC is the time since 1970, in nanoseconds.
+    epoch_offset_ns: u64,
     clock: ClockText,
 }
 
@@ -147,7 +147,7 @@ impl LineWriter {
         let mut writer = LineWriter {
             process,
             format,
-            epoch_ns: 0,
+            epoch_offset_ns: 0,
             clock: ClockText::default(),
         };
         writer.read_clocks();
@@ -157,7 +157,7 @@ impl LineWriter {
     /// Reads the clocks. Call it before a batch of lines, because the time since 1970 may jump.
     pub fn read_clocks(&mut self) {
         let now = unix_time().as_nanos() as u64;
-        self.epoch_ns = now.wrapping_sub(monotonic_ns());
+        self.epoch_offset_ns = now.wrapping_sub(monotonic_ns());
     }
 
     /// Appends a line of the file.
@@ -198,7 +198,7 @@ impl LineWriter {
     }
 
     fn set_time(&mut self, line: &AccessLine) {
-        let at_ns = self.epoch_ns.wrapping_add(line.start.read_ns);
+        let at_ns = self.epoch_offset_ns.wrapping_add(line.start.read_ns);
         self.clock.set(at_ns / 1000);
     }
 
@@ -373,7 +373,7 @@ impl Serialize for Id {
     }
 }
 
-/// A number of this many bytes in hexadecimal digits.
+/// A number of `BYTES` bytes, written in hexadecimal digits.
 #[derive(Debug, Clone, Copy)]
 struct Hex<const BYTES: usize>(u128);
 

@@ -117,7 +117,7 @@ fn an_answer_is_sent_once_wherever_the_worker_died() {
     call.answered = true;
     let sending = |sent| Some(Sending { length: 90, sent });
     let one = held(vec![call]);
-    // Among the bytes to be sent, and nothing was sent.
+    // The answer is among the bytes to be sent, and none of these was sent.
     let (answers, _) = passed(judge_one(&one, None, None));
     assert!(answers.contains("crashed"));
     let (answers, _) = passed(judge_one(&one, None, sending(Some(0))));
@@ -160,7 +160,7 @@ fn untaken_bytes_are_handed_over_and_those_of_a_taken_call_are_not() {
     // Nothing was received.
     let (_, unread) = passed(judge_one(&none, receiving(1000, Some(0)), None));
     assert_eq!(unread, 0..0);
-    // Its entry is written before its bytes count as taken.
+    // The journal entry of a call is written before the bytes of the call count as taken.
     let mut first = call(Some(3), None, false);
     first.end = 1030;
     let (answers, unread) = passed(judge_one(
@@ -178,7 +178,7 @@ fn untaken_bytes_are_handed_over_and_those_of_a_taken_call_are_not() {
         None,
     ));
     assert_eq!(unread, 70..70);
-    // The number is unknown, or lower than the number of taken bytes.
+    // The number of received bytes is unknown, or lower than the number of taken bytes.
     assert_eq!(
         judge_one(&none, receiving(1000, None), None),
         Recovery::Reset

@@ -1,6 +1,7 @@
 //! Tests the life of a program: what it gets, when it is ready, how it is replaced, and its end.
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::*;
 
@@ -390,4 +391,83 @@ fn ten_thousand_calls_to_programs_that_die_at_random() {
     daemon.signal(Signal::SIGTERM);
     daemon.wait_exit();
     daemon.wait_group_gone();
+}
+
+/// Otherwise clients that leave could have all programs killed again and again.
+#[test]
+fn kills_for_abandoned_calls_are_throttled() {
+    let keys = "when-abandoned = \"kill\"\nrespawn-burst = 1\nrespawn-max-delay = \"400ms\"";
+    let setting = setting("", keys, &[]);
+    let mut client = setting.daemon.client();
+    let mut refused = Value::Null;
+    wait_for("a refusal", PATIENCE, || {
+        let answer = client.call(&json!({"in": "nap", "params": 60, "timeout_ms": 100}));
+        refused = answer["result"].clone();
+        let name = refused["name"].as_str();
+        assert!(matches!(name, Some("timeout" | "crashed")), "{answer}");
+        name == Some("crashed")
+    });
+    assert_eq!(refused["started"], false, "{refused}");
+    let reason = refused["message"].as_str().unwrap();
+    assert!(
+        reason.contains("was killed for an abandoned call"),
+        "{refused}"
+    );
+    wait_for("a recovery", PATIENCE, || {
+        result(&mut client, "echo", &json!(1)) == 1
+    });
+}
+
+#[test]
+fn a_method_has_a_rule_of_its_own_for_its_abandoned_calls() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    for (pool, method, is_killed) in [("finish", "kill", true), ("kill", "finish", false)] {
+        let text = config(&program, "", "", &format!("when-abandoned = \"{pool}\""));
+        let own = format!("[methods.nap]\nwhen-abandoned = \"{method}\"\n");
+        let text = text.replace("[methods.nap]\n", &own);
+        let daemon = Daemon::builder().config(&text).start();
+        let mut client = daemon.client();
+        let before = pid(&mut client);
+        let answer = client.call(&json!({"in": "nap", "params": 0.5, "timeout_ms": 100}));
+        assert_eq!(answer["result"]["name"], "timeout", "{answer}");
+        assert_eq!(
+            pid(&mut client) != before,
+            is_killed,
+            "{method} in a pool with {pool}"
+        );
+    }
+}
+
+/// A service manager may send SIGTERM to all processes, and workers need a pool process until another one serves.
+#[test]
+fn a_pool_process_that_gets_term_serves_until_its_successor_does() {
+    let setting = setting("", "", &[]);
+    let daemon = &setting.daemon;
+    let before = daemon.pool();
+    let mut client = daemon.client();
+    client.send(r#"{"in": "nap", "params": 1.5}"#);
+    daemon.wait_busy(1);
+    kill(Pid::from_raw(before), Signal::SIGTERM).unwrap();
+    wait_for("its successor", PATIENCE, || daemon.pool() != before);
+    assert_eq!(result(&mut daemon.client(), "echo", &json!(1)), 1);
+    assert_eq!(client.recv_json()["result"], 1.5);
+    wait_for("its end", PATIENCE, || !process::runs(before));
+    assert_eq!(daemon.status()["deaths"], json!([]));
+}
+
+#[test]
+fn programs_that_are_replaced_often_do_not_fill_the_log() {
+    let setting = setting("", "max-calls = 1", &[]);
+    let mut client = setting.daemon.client();
+    wait_for("many programs", PATIENCE, || {
+        assert_eq!(result(&mut client, "echo", &json!(1)), 1);
+        setting.daemon.status()["pools"][0]["starts"].as_u64() > Some(20)
+    });
+    let lines = setting
+        .daemon
+        .log()
+        .matches("has reached max-calls")
+        .count();
+    assert!((1..=5).contains(&lines), "{lines} lines");
 }

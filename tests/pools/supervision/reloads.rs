@@ -16,7 +16,7 @@ use crate::support::wire::Dialect;
 fn shifted(config: &str, program: &Path) -> String {
     let program = program.to_str().unwrap();
     format!(
-        "{config}[pools.a]\ncommand = [\"python3\", {program:?}, \"ready\"]\n[methods.aa]\npool = \
+        "{config}[pools.a]\nprocesses = 1\ncommand = [\"python3\", {program:?}, \"ready\"]\n[methods.aa]\npool = \
          \"a\"\n[methods.a]\nbuiltin = \"ping\"\n"
     )
 }

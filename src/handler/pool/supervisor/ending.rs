@@ -40,6 +40,24 @@ fn is_from_outside(child: ReapedChild) -> bool {
 }
 
 impl ProgramSupervisor {
+    /// Logs that a program is replaced.
+    pub(super) fn log_replacement(&mut self, pid: Pid, key: &str, now: Millis) {
+        let level = self.level_of_end(now);
+        let name = &self.post.pool.name;
+        log::log!(
+            level,
+            "pool {name} [{pid}]: is replaced, because it has reached {key}"
+        );
+    }
+
+    /// Returns the level of a line about an end that callers can cause again and again.
+    fn level_of_end(&mut self, now: Millis) -> Level {
+        match self.kills.admit(now) {
+            Some(_) => Level::Info,
+            None => Level::Debug,
+        }
+    }
+
     /// Ends a process that has closed its socket or must go. Returns how it ended, as a text and as a
     /// status, and whether it ended by itself.
     pub(super) fn how_it_ended(
@@ -202,12 +220,8 @@ impl ProgramSupervisor {
                 self.due = self.throttle.death(Some(health), &self.rules.throttle, now);
                 self.last_end = "was killed for an abandoned call".to_owned();
             }
-            // The program is not to blame: a caller gave up, or an operator set a limit. Callers can cause
-            // many of these.
-            let level = match self.kills.admit(now) {
-                Some(_) => Level::Info,
-                None => Level::Debug,
-            };
+            // The program is not to blame: a caller gave up, or an operator set a limit.
+            let level = self.level_of_end(now);
             let method = method.map_or("a call", |method| self.post.registry.name(method));
             log::log!(
                 level,

@@ -300,8 +300,7 @@ impl ProgramSupervisor {
         if let Some(key) = serving.usage.recycle_reason(&self.rules, now) {
             let pid = serving.process.pid();
             if now >= self.due && self.takes_room() {
-                let name = &self.post.pool.name;
-                log::info!("pool {name} [{pid}]: is replaced, because it has reached {key}");
+                self.log_replacement(pid, key, now);
                 self.start(now);
             }
         } else if serving.usage.is_idle_for_too_long(&self.rules, now) {

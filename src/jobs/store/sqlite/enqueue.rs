@@ -21,7 +21,7 @@ pub fn enqueue(batch: &mut SqlBatch<'_>, jobs: &[NewJob]) -> rusqlite::Result<En
                 }
                 Stored::Conflict => EnqueueReply::Conflict { index, id: job.id },
                 Stored::TooMany => EnqueueReply::TooMany,
-                Stored::TooLarge => EnqueueReply::TooLarge,
+                Stored::StoreFull => EnqueueReply::StoreFull,
             });
             return Ok(false);
         }
@@ -37,7 +37,8 @@ pub fn enqueue(batch: &mut SqlBatch<'_>, jobs: &[NewJob]) -> rusqlite::Result<En
     Ok(refusal.unwrap_or(EnqueueReply::Stored(stored)))
 }
 
-/// Stores exported jobs that do not exist. Returns how many were stored.
+/// Stores exported jobs, except those that the store has already. A live job is also left out if another live job has
+/// its method and key. Returns how many were stored.
 pub fn import(batch: &mut SqlBatch<'_>, jobs: &[JobDetails]) -> rusqlite::Result<usize> {
     let mut stored = 0;
     for job in jobs {
@@ -62,7 +63,7 @@ enum Stored {
     As(EnqueuedJob),
     Conflict,
     TooMany,
-    TooLarge,
+    StoreFull,
 }
 
 fn store(batch: &mut SqlBatch<'_>, job: &NewJob) -> rusqlite::Result<Stored> {
@@ -80,7 +81,7 @@ fn store(batch: &mut SqlBatch<'_>, job: &NewJob) -> rusqlite::Result<Stored> {
         return Ok(Stored::As(existing));
     }
     if batch.is_full {
-        return Ok(Stored::TooLarge);
+        return Ok(Stored::StoreFull);
     }
     if batch.live >= batch.limits.max_jobs {
         return Ok(Stored::TooMany);

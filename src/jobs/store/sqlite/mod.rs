@@ -284,6 +284,20 @@ impl SqliteEngine {
         Ok(done)
     }
 
+    /// # Errors
+    /// If the path no longer names the open file. Whatever is stored then is lost when the store is closed.
+    fn check_place(&self) -> Result<(), StoreError> {
+        let is_in_place = match file::identity(&self.path) {
+            Ok(found) => found == self.file,
+            Err(error) => error.kind() != ErrorKind::NotFound,
+        };
+        if is_in_place {
+            return Ok(());
+        }
+        let text = "its file was moved, replaced or deleted while the server used it";
+        Err(StoreError::new(StoreFault::Corrupt, text))
+    }
+
     /// Returns bytes of data and indexes, without free pages.
     fn size(&self) -> Result<u64, StoreError> {
         let pragma = |name| connection::pragma(&self.connection, name);
@@ -339,6 +353,7 @@ impl Engine for SqliteEngine {
     }
 
     fn execute(&mut self, requests: &[StoreRequest]) -> Result<Vec<StoreReply>, StoreError> {
+        self.check_place()?;
         let is_import = |request: &StoreRequest| matches!(request, StoreRequest::Import(_));
         self.transaction("execute a group", |batch, scan| {
             if requests.iter().any(is_import) {
@@ -368,14 +383,7 @@ impl Engine for SqliteEngine {
     }
 
     fn maintain(&mut self, rules: &RetentionRules) -> Result<Maintained, StoreError> {
-        let is_in_place = match file::identity(&self.path) {
-            Ok(found) => found == self.file,
-            Err(error) => error.kind() != ErrorKind::NotFound,
-        };
-        if !is_in_place {
-            let text = "its file was moved, replaced or deleted while the server used it";
-            return Err(StoreError::new(StoreFault::Corrupt, text));
-        }
+        self.check_place()?;
         let size = self.size()?;
         let probes = self.had_no_room;
         let is_full = size > self.limits.max_size;

@@ -585,6 +585,8 @@ fn a_store_that_is_moved_or_deleted_is_broken() {
         maintained.err().map(|error| error.fault)
     };
     assert_eq!(fault(&mut engine), Some(StoreFault::Corrupt));
+    let stored = engine.execute(&[StoreRequest::Enqueue(vec![job(1, "a")])]);
+    assert_eq!(stored.unwrap_err().fault, StoreFault::Corrupt);
     fs::copy(&moved, &path).unwrap();
     assert_eq!(
         fault(&mut engine),
@@ -657,7 +659,7 @@ fn a_store_over_its_size_takes_no_new_jobs_until_some_are_removed() {
     });
     let pass = engine.maintain(&retention()).unwrap();
     assert!(pass.is_full && pass.size > 2 << 20);
-    let full = StoreReply::Enqueued(EnqueueReply::TooLarge);
+    let full = StoreReply::Enqueued(EnqueueReply::StoreFull);
     assert_eq!(enqueue(&mut engine, 2), full);
     // It is still full after a new start.
     drop(engine);
@@ -822,7 +824,7 @@ fn two_processes_of_an_instance_count_the_same_jobs() {
     });
     assert!(one.maintain(&retention()).unwrap().is_full);
     two.execute(&[StoreRequest::Cancel(id(2))]).unwrap();
-    let large = StoreReply::Enqueued(EnqueueReply::TooLarge);
+    let large = StoreReply::Enqueued(EnqueueReply::StoreFull);
     assert_eq!(enqueue(&mut two, 5), large);
     Box::new(one).close().unwrap();
     let mut reader = two.reader().unwrap();
