@@ -31,8 +31,8 @@ use crate::sys::{closer, socket};
 use crate::worker;
 use crate::worker_init::WorkerInit;
 
-/// The delay before the next fork after a process ended without ever having a connection. Each further such process
-/// doubles the delay, up to the maximum.
+/// The delay before the next process is forked ahead, after a process ended before it was ready or a fork ahead failed.
+/// Each further failure doubles the delay, up to the maximum.
 const FIRST_DELAY_MS: u64 = 100;
 const MAX_DELAY_MS: u64 = 30_000;
 /// The largest number of reports that are read from one session at once.
@@ -163,7 +163,7 @@ impl SessionProcesses {
                     session_memory::link_index(self.records.place(index)),
                 ),
                 session_records: boot.session_records,
-                // To be left.
+                // `worker::post_fork` takes it, and replaces the shared tables by private ones.
                 sources: boot.sources.clone(),
                 quarantine: boot.quarantine.clone(),
                 crash_report: boot.crash_report,
@@ -306,7 +306,7 @@ impl SessionProcesses {
         }
     }
 
-    /// Returns the places of all sessions.
+    /// Returns the indices of all living sessions.
     pub fn places(&self) -> impl Iterator<Item = usize> {
         self.living.keys().copied()
     }
@@ -324,10 +324,9 @@ impl SessionProcesses {
         }
     }
 
-    /// Sends an order to all sessions.
+    /// Sends an order to all sessions. Rejoined ones get orders to drain or stop only from the master.
     pub fn order_all(&mut self, body: Order, descriptor: Option<BorrowedFd<'_>>) {
         self.is_stop_pending |= body == Order::StopPending;
-        // The master orders the end of the others.
         let has_all = !matches!(body, Order::Drain(_) | Order::Stop(_));
         let others = self.rejoined.all().filter(|_| has_all);
         for session in self.living.values().chain(others) {

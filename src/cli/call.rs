@@ -1,6 +1,7 @@
 //! Makes one call to a running server (`call`).
 //!
-//! The result is printed byte for byte. An error answer is [`Error::Refused`].
+//! The result is printed with the same value: only unprintable characters in it are escaped. An error answer is
+//! [`Error::Refused`].
 
 use std::borrow::Cow;
 use std::io::{self, Read};

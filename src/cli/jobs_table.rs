@@ -9,9 +9,9 @@ use crate::protocol::control::{JobsStatus, QueueStatus};
 pub(super) fn render(page: &mut String, jobs: &JobsStatus, colours: bool) {
     let state = match &*jobs.state {
         "up" => Style::Green.on("up", colours),
-        "away" => Style::Yellow.on("away: enqueues get unavailable", colours),
+        "away" => Style::Yellow.on("away: an enqueue is answered with unavailable", colours),
         "full" => Style::Red.on(
-            "full: enqueues get unavailable; free space on its disk",
+            "full: an enqueue is answered with unavailable; free space on its disk",
             colours,
         ),
         "broken" => Style::Red.on("broken: stop the server, then run job check", colours),

@@ -1,8 +1,8 @@
 //! The command line of preforkd, and of every program that uses the library.
 //!
-//! [`main`] parses the command line and calls the file of the command. It is the only place that prints an
-//! error and chooses the exit code. The commands return their output as text. Only `run` stays until the
-//! server stops.
+//! [`main`] parses the command line, calls the file of the command, prints its error and chooses the exit code. Most
+//! commands return their output as text. `map`, `bench`, `job` and those that stay (`run`, `observe`, `top`) print
+//! their output and warnings themselves.
 
 pub mod args;
 pub mod bench;
@@ -255,7 +255,7 @@ fn find_running(target: &mut TargetArgs, own: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns the message of an error. A missing server is started with the program of this name.
+/// Returns the message of an error. If no server answers, the message says how to start one with the program `name`.
 fn message(name: &str, error: &Error) -> String {
     match error {
         Error::NoServer { .. } => format!(

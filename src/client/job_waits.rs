@@ -1,7 +1,7 @@
 //! Waits for the ends of a pool's jobs in one thread, over one connection.
 //!
-//! Each wait is a call that the server answers when the job has ended, or earlier with the job as it is. Then
-//! it is sent again, and likewise after a lost connection, because a wait changes nothing. The thread ends when
+//! Each wait is a call that the server answers when the job has ended, or earlier with the job as it is. If the job
+//! has not ended, or the connection was lost, the wait is sent again. It changes nothing. The thread ends when
 //! no job can be added and all have ended, or when the pool is terminated.
 
 use std::collections::VecDeque;
@@ -20,7 +20,8 @@ use super::pipeline::Pipeline;
 use super::pool_thread::Shared;
 use crate::protocol::call::JOB_WAIT;
 
-/// The largest number of waits at one time. A server reads at least this number of calls ahead (`limits.pipeline`).
+/// The largest number of waits at one time. With its default `limits.pipeline` (1024) a server reads all of them at
+/// once; a lower limit delays their answers.
 const MOST_WAITS: usize = 64;
 /// How long the server waits for the end of a job before it answers with the job as it is.
 const WAIT_MS: u64 = 10_000;
@@ -101,7 +102,7 @@ impl JobWaiter {
         }
         let oldest = self.sent.iter().map(|(_, _, sent)| *sent + ANSWER_LIMIT);
         match oldest.chain(self.next_try).min() {
-            // What is ready is found by looking at all.
+            // It does not matter what is ready: `run` looks at everything.
             Some(deadline) => _ = select.ready_deadline(deadline),
             None => _ = select.ready(),
         }

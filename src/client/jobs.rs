@@ -153,13 +153,21 @@ impl Client {
         let id = id.unwrap_or_default();
         let params = EnqueueParams::new((method, &params), id, options);
         let stored = self.call(JOB_ENQUEUE, &params);
-        match stored {
-            Err(ClientError::Gone(_) | ClientError::NotSent(_) | ClientError::Closed) => {
-                // The server stores a job with this id once.
-                *self = Client::connect(&self.address, self.timeout)?;
-                self.call(JOB_ENQUEUE, &params)
+        let first = match stored {
+            Err(error @ (ClientError::Gone(_) | ClientError::NotSent(_) | ClientError::Closed)) => {
+                error
             }
-            stored => stored,
+            stored => return stored,
+        };
+        // The server stores a job with this id once.
+        let again = Client::connect(&self.address, self.timeout).and_then(|client| {
+            *self = client;
+            self.call(JOB_ENQUEUE, &params)
+        });
+        match again {
+            // It says nothing of the first one, which may be stored.
+            Err(error) if error.is_safe_to_repeat() && !first.is_safe_to_repeat() => Err(first),
+            again => again,
         }
     }
 

@@ -223,3 +223,15 @@ fn a_client_repeats_an_enqueue_whose_connection_breaks_with_the_same_id() {
     let ids: Vec<&Value> = calls.iter().map(|call| &call["params"]["id"]).collect();
     assert_eq!(ids, [job.id(), job.id()]);
 }
+
+/// What happens to the second try says nothing about the first one.
+#[test]
+fn an_enqueue_that_may_be_stored_is_never_said_to_be_safe_to_repeat() {
+    let (address, _) = server(|number, _| match number {
+        0 => Then::Close,
+        _ => Then::Answer(refusal(-32002, false)),
+    });
+    let mut client = Client::connect(&address, PATIENCE).unwrap();
+    let error = client.enqueue("double", 1).unwrap_err();
+    assert!(!error.is_safe_to_repeat(), "{error:?}");
+}

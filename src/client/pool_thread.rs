@@ -18,9 +18,9 @@ use super::retry::Retry;
 use super::stream::Stream;
 use crate::sys::lock::lock;
 
-/// The longest wait for a connection in one step, because `terminate` cannot interrupt it. Without a
-/// timeout the steps together last as long as TCP tries (tcp_syn_retries, tcp(7)).
+/// The time limit for one step of opening a connection. The steps are short, because `terminate` cannot interrupt one.
 const PIECE: Duration = Duration::from_secs(5);
+/// The time limit for all steps together if there is no timeout: as long as TCP tries (tcp_syn_retries, tcp(7)).
 const LONGEST: Duration = Duration::from_secs(127);
 
 /// What is done with a result.
@@ -92,7 +92,8 @@ impl ConnectionHandle {
 pub(super) struct PoolThread {
     pub(super) shared: Arc<Shared>,
     pub(super) wire: ConnectionHandle,
-    /// `None` before the first call, and after the connection was lost.
+    /// `None` until this thread needs a connection; the first thread of a pool begins with one. It may be a connection
+    /// that was lost.
     pub(super) client: Option<Client>,
     /// Disconnected when the pool is terminated. Nothing is ever sent.
     pub(super) stop: Receiver<()>,

@@ -14,7 +14,7 @@ use super::units::{ByteSize, DurationValue};
 pub(super) struct Integer<const DEFAULT: i64, const LEAST: i64, const MOST: i64>(pub Option<i64>);
 
 impl<const DEFAULT: i64, const LEAST: i64, const MOST: i64> Integer<DEFAULT, LEAST, MOST> {
-    /// Writes a value, which is within the bounds.
+    /// Returns the key with this value, which is within the bounds.
     pub(super) fn of(value: impl TryInto<i64>) -> Self {
         Integer(value.try_into().ok())
     }

@@ -12,8 +12,9 @@
 //! [`Settings::to_toml`] goes the same way back. [`keep_restart_only_keys`] drops what a reload cannot
 //! change.
 //!
-//! Nothing here creates, binds or changes anything. Every error is [`Error::Config`] with file, line,
-//! column and key, except that a file that cannot be read is a system error.
+//! Nothing here creates, binds or changes anything. Every error is [`Error::Config`], with file, line, column
+//! and key where they are known. A file that cannot be read is a system error, except in
+//! [`control_socket_candidates`].
 
 mod access_log;
 mod address;
@@ -139,7 +140,7 @@ fn listeners_in(
         .map_or_else(|| Ok(settings()?.listen), Ok)
 }
 
-/// Returns the absolute path of the main file that is read if `file` is named.
+/// Returns the absolute path of the main file: `file`, or the default file if `file` is `None` and the default exists.
 pub fn main_file(file: Option<&Path>) -> Option<PathBuf> {
     Environment::here().main_file(file)
 }
@@ -151,8 +152,8 @@ pub fn is_set(file: Option<&Path>, key: &str) -> bool {
     source_map::places(&files.unwrap_or_default()).is_ok_and(|places| places.is_set(key))
 }
 
-/// Reads settings that [`Settings::to_toml`] has written, possibly in another version. `file` is where they
-/// were read from, and `secrets` are their [`secrets_of`].
+/// Reads settings that [`Settings::to_toml`] has written, possibly in another version. `file` is the configuration
+/// file that they came from at first, and `secrets` are their [`secrets_of`].
 ///
 /// # Errors
 /// What this version would refuse.

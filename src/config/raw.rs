@@ -376,7 +376,7 @@ fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Stri
     deserializer.deserialize_any(Visitor)
 }
 
-/// `workers.count`: `"auto"` or a number.
+/// `workers.count`, and `processes` of a pool: `"auto"` or a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Count {
     Auto,

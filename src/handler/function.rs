@@ -9,7 +9,7 @@ use crate::protocol::code::Code;
 use crate::protocol::json;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
-/// The number of characters from the end of a long serde error that are repeated.
+/// How many characters of the end of a long serde error the answer contains.
 const EXCERPT_END: usize = 150;
 
 /// A closure and its placement.

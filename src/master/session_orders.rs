@@ -24,7 +24,7 @@ pub fn adopt_sessions(
     reaped: &[Pid],
 ) {
     let mut left = master.workers.sessions.left_by(acceptor, known, reaped);
-    // A session can write another child of this process into the record of its acceptor.
+    // A session can write the pid of another child of this process into a record that belongs to its acceptor.
     left.retain(|(pid, _)| !master.workers.is_other(*pid) && !master.orphans.is_no_keeper(*pid));
     master.workers.sessions.adopt(acceptor, left, known);
     order_sessions(master);

@@ -84,6 +84,11 @@ impl MasterFacts {
         }
     }
 
+    /// Returns whether the master that has forked this process is connected.
+    pub fn is_linked(&self) -> bool {
+        self.path.is_none() && self.stream.is_some()
+    }
+
     /// Returns whether the connection to the master that has forked this process has ended.
     pub fn has_lost_link(&self) -> bool {
         self.path.is_none() && self.stream.is_none()

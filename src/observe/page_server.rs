@@ -88,6 +88,9 @@ impl PageServer {
             self.wait()?;
             for signal in self.signals.take() {
                 match signal {
+                    // A service manager may send SIGTERM to all processes. After an upgrade it is an order of the
+                    // master.
+                    Signal::SIGTERM if self.content.facts.is_linked() => {}
                     Signal::SIGTERM | Signal::SIGINT | Signal::SIGQUIT => self.leave(),
                     _ => return Ok(()),
                 }

@@ -57,9 +57,8 @@ pub fn init_observer_process(
     // 5. The session and the terminal of the user who started the master.
     process::leave_session().map_err(|error| ("leave the session of the master", error))?;
     signal::ignore(&signal::IGNORED_BY_CHILDREN);
-    // A service manager may send SIGTERM to all processes. The master orders the exit with SIGQUIT.
-    signal::ignore(&[Signal::SIGTERM]);
-    let signals = SignalPipe::new(&[Signal::SIGQUIT]);
+    // See `PageServer::serve` for SIGTERM. The master orders the exit with SIGQUIT.
+    let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT]);
     let signals = signals.map_err(|error| ("catch signals", error))?;
     // 6. Root is dropped before a byte of a client is read.
     if let Some(account) = &init.settings.account {

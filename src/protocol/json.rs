@@ -71,7 +71,8 @@ fn refused(message: String) -> RpcError {
 /// Returns where the nesting exceeds `depth`. It is exact for JSON. For other bytes it may be wrong, but
 /// only behind the byte at which the grammar refuses them.
 fn too_deep(bytes: &[u8], depth: usize) -> Option<usize> {
-    // Each level takes a bracket. Small calls end here, long strings and lists of numbers in the next line.
+    // Each level takes a bracket. So for small calls the check ends here, and for long strings and lists of numbers
+    // at the search for brackets below.
     if bytes.len() <= depth {
         return None;
     }

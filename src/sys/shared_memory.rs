@@ -1,7 +1,8 @@
 //! Creates memory that processes share: an array of zeroed records, made before the fork.
 //!
-//! Callers get only atomics, so a value cannot be torn between two processes. The array is in a memory
-//! file, so that a new program can continue to use it (memfd_create(2)). Fails if the system has no
+//! Callers get only atomics (except from [`bytes`]), so a value cannot be torn between two processes. The arrays of
+//! [`array`] are in a memory file, so that a new program can continue to use them (memfd_create(2)). Fails if
+//! the system has no
 //! memory left.
 
 #![allow(unsafe_code)]
@@ -95,8 +96,8 @@ fn bytes_of<T>(length: NonZeroUsize) -> io::Result<NonZeroUsize> {
     bytes.ok_or(io::ErrorKind::OutOfMemory.into())
 }
 
-/// Maps a file that is at least as long as the records. No process shortens it: it has no name, and only
-/// this program and those that it executes have its descriptor.
+/// Maps a file that is at least as long as the records. No process can shorten it, because `array` has sealed it
+/// (F_SEAL_SHRINK).
 fn map<T: SharedRecord>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
     let bytes = bytes_of::<T>(length)?;
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -111,7 +112,7 @@ fn map<T: SharedRecord>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'st
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
 }
 
-/// Returns an array without a file, which only these processes can use.
+/// Returns an array without a file. Only this process and those that it forks from now on can use it.
 ///
 /// # Errors
 /// ENOMEM.
@@ -162,7 +163,7 @@ impl<T: SharedRecord> OwnedArray<T> {
 }
 
 impl<T: SharedRecord> OwnedArray<T> {
-    /// Keeps the records from processes that are forked from now on.
+    /// Hides the records from processes that are forked from now on.
     ///
     /// # Errors
     /// ENOMEM.
@@ -192,8 +193,8 @@ pub fn make_private<T: SharedRecord>(records: &'static [T]) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the records of a file readable only, for good: the kernel refuses a later mprotect(2). `file` is
-/// a descriptor from `read_only`. If it were kept, it could be opened again for writing.
+/// Makes the records of a file read-only, for good: the kernel refuses a later mprotect(2). `file` is a descriptor from
+/// `read_only`. Close it afterwards: with it, the file could be opened again for writing (/proc/self/fd).
 ///
 /// # Errors
 /// ENOMEM; EACCES if `file` is not open for reading.
@@ -318,7 +319,7 @@ pub fn growing_file(length: u64) -> io::Result<OwnedFd> {
     let file = File::from(memfd_create(c"preforkd-metrics", flags)?);
     file.set_permissions(Permissions::from_mode(OWNER_ONLY))?;
     file.set_len(length)?;
-    // As in `array`. A seal on writing would keep the program after an upgrade from mapping it.
+    // As in `array`, but it may grow. With a seal on writing, the new program could not map it after an upgrade.
     fcntl(
         &file,
         FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL),

@@ -342,8 +342,17 @@ pub fn default_action(signal: Signal) {
 /// The grace period of `on_parent_death` for its handler, in seconds.
 static ALARM_SECONDS: AtomicU32 = AtomicU32::new(0);
 
-/// Calls only what signal-safety(7) allows: one atomic load and alarm(2).
+/// Whether the parent of `on_parent_death` has died.
+static PARENT_HAS_DIED: AtomicBool = AtomicBool::new(false);
+
+/// Returns whether the parent that was given to `on_parent_death` has died.
+pub fn parent_has_died() -> bool {
+    PARENT_HAS_DIED.load(Ordering::Relaxed)
+}
+
+/// Calls only what signal-safety(7) allows: atomics and alarm(2).
 extern "C" fn start_alarm(_signal: libc::c_int) {
+    PARENT_HAS_DIED.store(true, Ordering::Relaxed);
     // SAFETY: alarm is async-signal-safe.
     unsafe { libc::alarm(ALARM_SECONDS.load(Ordering::Relaxed)) };
 }

@@ -73,7 +73,7 @@ impl SharedLimiter {
         SharedLimiter(Mutex::new(Limiter::new(5, 10_000)))
     }
 
-    /// Logs `text` with the number of lines suppressed before it, or suppresses it too.
+    /// Logs `text` with the number of lines suppressed before it. If it is suppressed too, it is logged only as debug.
     pub fn log(&self, level: log::Level, text: String) {
         let now = Millis::try_from(monotonic().as_millis()).unwrap_or(Millis::MAX);
         let mut limiter = lock(&self.0);

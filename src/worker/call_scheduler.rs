@@ -32,9 +32,6 @@ use crate::sys::event::Token;
 /// A result of this many bytes counts as large. Few such calls run for one connection at once.
 const LARGE: usize = 16 * 1024;
 
-/// How long a handler may take to react to its deadline, in milliseconds. A command must be killed by then.
-const GRACE_MS: u64 = 1000;
-
 #[derive(Debug)]
 pub struct CallScheduler {
     pub(super) table: CallTable,
@@ -423,15 +420,6 @@ impl CallScheduler {
             queued += lane.unanswered - lane.sent - at_work;
         }
         (running, queued, self.lanes[0].orphaned)
-    }
-
-    /// Returns the calls that still run on a handler thread `GRACE_MS` after their deadline, with their serials.
-    pub fn stuck(&self, now_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
-        self.table
-            .iter()
-            .filter(|(_, call)| call.is_orphaned && self.lane(call.method) == 0)
-            .filter(move |(_, call)| call.deadline_ms.saturating_add(GRACE_MS) <= now_ms)
-            .map(|(key, call)| (key.serial, call))
     }
 
     /// Returns the oldest running call. A call that was queued just now may be about to begin.

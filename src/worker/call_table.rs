@@ -20,6 +20,8 @@ use crate::handler::trace::CallIdentity;
 use crate::link::call_frame::CallOrigin;
 use crate::sys::event::Token;
 
+/// How long a handler may take to react to its deadline, in milliseconds. A command must be killed by then.
+const GRACE_MS: u64 = 1000;
 /// The end of a list.
 const NONE: usize = usize::MAX;
 
@@ -186,6 +188,19 @@ pub struct CallTable {
 }
 
 impl CallTable {
+    /// Returns the calls that still run `GRACE_MS` after their deadline, with their serials. `running` are the keys of the
+    /// calls on handler threads.
+    pub fn stuck(
+        &self,
+        running: impl Iterator<Item = CallKey>,
+        now_ms: u64,
+    ) -> impl Iterator<Item = (u64, &ScheduledCall)> {
+        let calls = running.filter_map(|key| Some((key.serial, self.get(key)?)));
+        calls.filter(move |(_, call)| {
+            call.is_orphaned && call.deadline_ms.saturating_add(GRACE_MS) <= now_ms
+        })
+    }
+
     pub fn insert(&mut self, call: ScheduledCall) -> CallKey {
         let place = call.token.index();
         if place >= self.newest.len() {

@@ -34,7 +34,7 @@ impl EventLoop {
                 Received::Message(message, descriptor) => match message.body {
                     Order::Drain(limit) => self.start_drain(reactor, limit),
                     Order::Stop(limit) => self.start_stop(reactor, limit),
-                    // If several arrived while this worker was stopped, only the last one is valid.
+                    // If several arrived while this process was paused, only the last one is valid.
                     Order::Rebalance(order) => shares = Some(order),
                     Order::StopPending => self.service.stop_pending = true,
                     Order::Link(record) => {
@@ -88,8 +88,8 @@ impl EventLoop {
                     }
                     self.master_gone = Some(self.service.now_ms);
                     if self.is_pool() {
-                        // Workers may use this pool process. After an upgrade another program is the
-                        // master.
+                        // Workers may still use this pool process, so it continues to serve. Its link also ends at an
+                        // upgrade, because the new program does not keep the links to the old pool processes.
                         if !self.is_accepting {
                             self.drain.leave_now();
                         }
@@ -128,7 +128,7 @@ impl EventLoop {
         }
     }
 
-    /// Publishes what needs a system call.
+    /// Publishes the figures that are updated only at each tick, because some of them need a system call.
     pub(super) fn publish_tick(&mut self) {
         let is_worker = !self.is_pool() && self.session.is_none();
         let session = self.session.as_ref().map(|session| session.record);
@@ -139,21 +139,6 @@ impl EventLoop {
     /// Returns whether this is a pool process and not a worker.
     pub(super) fn is_pool(&self) -> bool {
         self.service.forwarding.lane > 0
-    }
-
-    /// Ends a pool process whose master is gone, when no process uses it any more, or after the longest drain. It then
-    /// exits within the longest drain after the death of the master, like the workers.
-    pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
-        if let Some(since) = self.master_gone
-            && self.is_pool()
-            && self.drain.is_serving()
-        {
-            let end = since.saturating_add(millis(self.longest_drain()));
-            let left = Duration::from_millis(end.saturating_sub(self.service.now_ms));
-            if !self.service.forwarding.has_users() || left.is_zero() {
-                self.start_drain(reactor, left);
-            }
-        }
     }
 
     /// Handles the death of the master in a session: it answers the running calls and exits.
@@ -337,8 +322,8 @@ impl EventLoop {
         self.send_quiescent(reactor);
     }
 
-    /// Reads again from connections that were not read to make them quiescent, but did not become so.
-    /// Their calls take longer, and must not delay the next ones.
+    /// Reads again from connections that the worker did not read for a short time so that they become quiescent, but
+    /// that did not become quiescent. Their calls take longer, and must not delay the next ones.
     pub(super) fn resume_reading(&mut self, reactor: &mut Reactor) {
         self.advance_open(reactor, |connection| connection.is_read_paused);
         self.queue_calls(reactor);

@@ -24,7 +24,14 @@ pub fn publish(service: &CallDispatcher, connections: usize, spurious_wakes: u64
     let (mut running, queued, given_up) = service.calls.counts(&service.threads);
     let lost = match given_up {
         0 => 0,
-        _ => service.calls.stuck(service.now_ms).count(),
+        _ => {
+            let on_threads = service.threads.calls.keys();
+            service
+                .calls
+                .table
+                .stuck(on_threads, service.now_ms)
+                .count()
+        }
     };
     // A call that was cancelled, or whose client has left, is no fault of its function before its deadline.
     running += given_up.saturating_sub(lost);

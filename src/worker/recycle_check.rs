@@ -9,13 +9,17 @@ use std::time::Duration;
 use super::attempts::running as attempts;
 use super::call_table::ScheduledCall;
 use super::event_loop::{EventLoop, WarningKind};
+use super::timers::millis;
 use crate::link::ids::Pid;
 use crate::link::message::Report;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::stuck_calls::StuckCall;
 use crate::sys::event::{Reactor, Token};
+use crate::sys::signal;
 use crate::throttle::jitter;
 
+/// A tick may come this late, and the ends of attempts must be stored before the alarm. In milliseconds.
+const BEFORE_ALARM_MS: u64 = 1_500;
 /// The number of calls after which a failed report is repeated.
 const REPORT_AGAIN_CALLS: u64 = 100;
 
@@ -54,7 +58,12 @@ impl EventLoop {
             id: call.id.as_deref().map(str::to_owned),
             age_ms: service.now_ms.saturating_sub(call.read_ms),
         };
-        let mut calls: Vec<StuckCall> = (service.calls.stuck(service.now_ms)).map(call).collect();
+        let mut calls: Vec<StuckCall> = (service
+            .calls
+            .table
+            .stuck(service.threads.calls.keys(), service.now_ms))
+        .map(call)
+        .collect();
         calls.sort_by_key(|call| std::cmp::Reverse(call.age_ms));
         let Some(oldest) = calls.first() else {
             return;
@@ -95,6 +104,27 @@ impl EventLoop {
     /// Returns how long a drain of this process may last.
     pub(super) fn longest_drain(&self) -> Duration {
         self.service.attempts.longest_drain(self.drain_timeout)
+    }
+
+    /// Ends a pool process whose master is gone: when no process uses it any more, or when the longest drain has passed.
+    /// If the master has died, the process exits before the alarm of `signal::on_parent_death`.
+    pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
+        if let Some(since) = self.master_gone
+            && self.is_pool()
+            && self.drain.is_serving()
+        {
+            let longest = self.longest_drain();
+            let end = since.saturating_add(millis(longest));
+            let left_ms = end.saturating_sub(self.service.now_ms);
+            if !self.service.forwarding.has_users() || left_ms <= BEFORE_ALARM_MS {
+                // After an upgrade the master lives, and running calls have the whole time of a drain.
+                let limit = match signal::parent_has_died() {
+                    true => Duration::from_millis(left_ms),
+                    false => longest,
+                };
+                self.start_drain(reactor, limit);
+            }
+        }
     }
 
     /// Lets a draining process wait for its attempts of jobs. Call it before each step of a drain.

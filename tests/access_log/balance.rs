@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -16,7 +17,7 @@ use serde_json::json;
 use super::{balance, calls, lines_of};
 use crate::support::installed::{Installed, upgrade};
 use crate::support::load::{Load, Shape};
-use crate::support::{Client, Daemon, PATIENCE, alone, from_environment, process, wait_for};
+use crate::support::{Client, Daemon, PATIENCE, alone, from_environment, pass, process, wait_for};
 
 const CONFIG: &str = r#"
 [workers]
@@ -224,10 +225,22 @@ fn lines_of_a_killed_process_of_a_connection_are_counted() {
         }
         drop(load.stop());
     }
-    wait_for("the lines of all calls", PATIENCE, || {
-        let (written, lost) = (super::written(&daemon), super::lost(&daemon));
-        (written + lost).abs_diff(calls(&daemon)) <= 10 * 64
-    });
+    let counts = || {
+        (
+            super::written(&daemon),
+            super::lost(&daemon),
+            calls(&daemon),
+        )
+    };
+    wait_for(
+        "the lines of all calls, and counters at rest",
+        PATIENCE,
+        || {
+            let (written, lost, all) = counts();
+            pass(Duration::from_millis(200));
+            (written + lost).abs_diff(all) <= 10 * 64 && counts() == (written, lost, all)
+        },
+    );
     let (written, lost) = (super::written(&daemon), super::lost(&daemon));
     let all = calls(&daemon);
     println!("{all} calls, {written} lines, {lost} lost");

@@ -341,7 +341,7 @@ impl Load {
         self.outstanding -= connection.unanswered.len();
         self.tally.lose(reason, connection.unanswered.len());
         self.missing += 1;
-        // If the server closes a connection without an answer, opening it again would loop.
+        // If the server closes a connection without an answer, opening it at once would loop. The next tick opens it.
         if connection.answered && !self.is_over() {
             let _ = self.reconnect(reactor);
         }

@@ -120,7 +120,7 @@ fn tell(
             "; run the same command again for the rest: {} has the lines that are done",
             path.display()
         ),
-        None => "; with --resume FILE, a second run would repeat only the others".into(),
+        None => "; if this run had --resume FILE, a second run would repeat only the lines that are not done".into(),
     };
     match end {
         Ok(()) => {
@@ -185,7 +185,7 @@ impl Run<'_> {
                     Err(_) => over = true,
                 },
                 recv(done) -> outcome => {
-                    // Never disconnected, because this value has a sender.
+                    // Never disconnected, because `sender` above still exists.
                     if let Ok((place, origin, outcome)) = outcome {
                         self.end(place, origin, outcome)?;
                     }

@@ -66,8 +66,8 @@ impl Reader {
             }
             if let Err(error) = self.read_in_time(&mut left, &mut marks, read, after) {
                 let text = format!(
-                    "could not start a thread to look for leftovers of commands: {error}; the next \
-                     end of a call tries again"
+                    "could not start a thread to look for leftovers of commands: {error}; it is tried again \
+                     when the next call ends"
                 );
                 TROUBLE.log(log::Level::Warn, text);
                 return marks;

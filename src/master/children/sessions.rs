@@ -133,7 +133,7 @@ impl Sessions {
         used.map(|(_, _, record)| record.generation()).collect()
     }
 
-    /// Returns the pools with `scope = "connection"`, and their programs.
+    /// Returns the pools with `scope = "connection"`, and the generation of each session with a connection, by its pid.
     pub fn own_programs(&self) -> (&OwnPrograms, BTreeMap<Pid, Generation>) {
         let used = self.used().filter(|(_, _, record)| record.is_open());
         let sessions = used.map(|(_, _, record)| (record.pid(), record.generation()));
@@ -222,7 +222,8 @@ impl Sessions {
         std::mem::take(&mut self.lost_lines)
     }
 
-    /// Marks in the records of sessions of older generations that a pool process of the old program has ended.
+    /// Marks that a pool process of the program before an upgrade has ended, in the records of all sessions of older
+    /// generations.
     pub fn announce_pool_end(&self, serving: Generation) {
         let used = self.used().map(|(_, _, record)| record);
         let is_old = |record: &&SessionRecord| record.is_used() && record.generation() < serving;
@@ -369,7 +370,7 @@ impl Sessions {
     }
 }
 
-/// Returns whether a session can have written this record: it needs valid numbers, and a start that is not before the
+/// Returns whether this can be the record of a session: it needs valid numbers, and a start that is not before the
 /// start of its acceptor.
 fn was_session(record: &SessionRecord) -> bool {
     let acceptor = record.acceptor();

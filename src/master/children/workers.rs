@@ -93,15 +93,14 @@ pub struct WorkerHandle {
     pub(super) startup_log: Option<GuardedSocket>,
 }
 
-/// The children of the master, and the memory that they share. `living` has neither keeper nor session nor observer.
+/// The children of the master and the memory that they share. `living` has neither keeper nor session nor observer.
 #[derive(Debug)]
 pub struct Children {
     pub board: Scoreboard,
     pub metrics: MetricsBoard,
     pub(super) free: BTreeSet<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,
-    /// The scoreboard records of pool processes, jobs processes and acceptors that the program before an upgrade has
-    /// forked.
+    /// The scoreboard records of other children than workers that the program before an upgrade has forked.
     pub(super) reserved: HashMap<Pid, usize>,
     pub(super) links: Links,
     /// The keepers of dead workers.
@@ -144,7 +143,7 @@ impl Children {
         parent: ForkContext<'_>,
     ) -> io::Result<Pid> {
         // Other children get the highest free record. An older version may not know that it is in use, and gives the
-        // worker.
+        // lowest free one to its next worker.
         let first = slot.is_worker().then(|| self.free.pop_first());
         let index = first.unwrap_or_else(|| self.free.pop_last());
         let index = index.ok_or(io::ErrorKind::ResourceBusy)?;
@@ -304,8 +303,8 @@ impl Children {
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
         };
+        // The number of reports is limited, so that one child cannot keep the master from the others.
         let role = worker.slot.role();
-        // The number is limited, so that one child cannot keep the master from the others.
         while reports.len() < MOST_REPORTS
             && !worker.is_ignored
             && let Some(link) = &worker.link

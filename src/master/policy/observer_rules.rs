@@ -3,9 +3,9 @@
 //! The observer is not a worker: it has no slot, its death leaves no death record, and neither a start nor a
 //! reload waits for it. A new observer is forked before the old one exits, so no scrape is refused: both accept
 //! from the same socket. If the fork fails, the old one serves until a later try succeeds. An observer is
-//! killed if it does not exit within five seconds after SIGQUIT, or if SIGSTOP stops it for that time.
+//! killed if it does not exit within five seconds after the order, or if SIGSTOP stops it for that time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use log::Level;
 use nix::sys::signal::Signal;
@@ -16,7 +16,7 @@ use crate::link::ids::Pid;
 use crate::throttle::limiter::Limiter;
 use crate::throttle::{Throttle, ThrottleLimits};
 
-/// How long an observer may take to exit after SIGQUIT, or may be stopped by SIGSTOP, before it gets SIGKILL.
+/// How long an observer may take to exit after the order, or may be stopped by SIGSTOP, before it gets SIGKILL.
 const PATIENCE: Millis = 5_000;
 /// The limit on log lines about observers: this number at once, then one per period.
 const LINES: (u64, Millis) = (8, 6_000);
@@ -45,7 +45,10 @@ pub(crate) struct ObserverRules {
     limits: ThrottleLimits,
     /// The observers before the current one. They serve until the current one is forked.
     before: Vec<Pid>,
-    /// The observers that got SIGQUIT, and when each gets SIGKILL; `None` if it has already got SIGKILL.
+    /// Those of the program before an upgrade. An older version exits at once at SIGQUIT, and this one takes SIGTERM as
+    /// an order when its link to the master has ended.
+    inherited: BTreeSet<Pid>,
+    /// The observers that were ordered to exit, and when each gets SIGKILL; `None` if it has already got SIGKILL.
     leaving: BTreeMap<Pid, Option<Millis>>,
     lines: Limiter,
 }
@@ -60,6 +63,7 @@ impl ObserverRules {
                 max_delay: 0,
             },
             before: Vec::new(),
+            inherited: BTreeSet::new(),
             leaving: BTreeMap::new(),
             lines: Limiter::new(LINES.0, LINES.1),
         }
@@ -68,6 +72,7 @@ impl ObserverRules {
     /// Continues after an upgrade at `now`. The observers of the program before serve until the new one is
     /// forked.
     pub fn resume(&mut self, before: Vec<Pid>, limits: &PolicyLimits, now: Millis) {
+        self.inherited = before.iter().copied().collect();
         self.before = before;
         self.limits = limits.throttle();
         if limits.has_observer {
@@ -90,19 +95,22 @@ impl ObserverRules {
         }
     }
 
-    /// Sends SIGQUIT to all observers. No new one is forked.
+    /// Orders all observers to exit. No new one is forked.
     pub fn stop(&mut self, now: Millis) -> Vec<Action> {
         self.before.extend(self.pid());
         self.current = Current::Unwanted;
         self.order_exit(now)
     }
 
-    /// Sends SIGQUIT to the observers before the current one.
+    /// Orders the observers before the current one to exit.
     fn order_exit(&mut self, now: Millis) -> Vec<Action> {
         let before = std::mem::take(&mut self.before);
         let order = |pid| {
             self.leaving.insert(pid, Some(now + PATIENCE));
-            let signal = Signal::SIGQUIT;
+            let signal = match self.inherited.remove(&pid) {
+                true => Signal::SIGTERM,
+                false => Signal::SIGQUIT,
+            };
             Action::SignalObserver { pid, signal }
         };
         before.into_iter().map(order).collect()
@@ -339,6 +347,6 @@ mod tests {
         rules.resume(vec![Pid(10)], &LIMITS, 50);
         assert_eq!(rules.pass_time(50), [Action::ForkObserver]);
         let actions = rules.forked(Pid(11), 51);
-        assert_eq!(signalled(&actions, Signal::SIGQUIT), [Pid(10)]);
+        assert_eq!(signalled(&actions, Signal::SIGTERM), [Pid(10)]);
     }
 }

@@ -2,11 +2,11 @@
 //! dies.
 //!
 //! It is made before the worker has a thread or a client, and waits for the worker's end. Until then it
-//! uses no descriptor, reads no call and runs no handler. If the worker exits in order, the keeper exits
-//! too. If the worker has died, the keeper answers the unanswered calls of the journal with `crashed`,
-//! and hands each connection over through the adoption queue. So a crash costs the calls that ran, but no
-//! connection. If the master dies, the keeper ends at once. If the keeper cannot hand a connection over, the
-//! connection is closed.
+//! uses no descriptor except a pidfd of the worker, reads no call and runs no handler. If the worker exits in order, the
+//! keeper exits too. If the worker has died, the keeper hands over each connection whose state it knows exactly, through
+//! the adoption queue. Before that it answers the calls that the journal has as unanswered with `crashed`. It resets the
+//! other connections. So a crash costs calls, and only the connections whose state is in doubt. If the master dies, the
+//! keeper ends at once. If the keeper cannot hand a connection over, the connection is closed.
 
 #![allow(unsafe_code)]
 
