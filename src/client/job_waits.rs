@@ -20,8 +20,8 @@ use super::pipeline::Pipeline;
 use super::pool_thread::Shared;
 use crate::protocol::call::JOB_WAIT;
 
-/// The largest number of waits at one time. With its default `limits.pipeline` (1024) a server reads all of them at
-/// once; a lower limit delays their answers.
+/// The largest number of waits at one time. A server with a `limits.pipeline` below this number (1024 by default) reads
+/// the rest later, so their answers are delayed.
 const MOST_WAITS: usize = 64;
 /// How long the server waits for the end of a job before it answers with the job as it is.
 const WAIT_MS: u64 = 10_000;

@@ -123,7 +123,7 @@ impl Client {
     /// Stores a call as a job, which runs later. Returns when the job is on disk.
     ///
     /// # Errors
-    /// As for [`Client::call`]. An enqueue whose connection breaks is sent once more, over a new connection and with the
+    /// As for [`Client::call`] and [`Client::connect`]. An enqueue whose connection breaks is sent once more, over a new connection and with the
     /// same id. The job may be stored if [`ClientError::is_safe_to_repeat`] is false. To send such an enqueue again, use
     /// [`Client::enqueue_with`] and an id of your own.
     pub fn enqueue(

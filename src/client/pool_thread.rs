@@ -119,10 +119,15 @@ impl PoolThread {
 
     fn call(&mut self, call: &ClientCall) -> Result<Reply, ClientError> {
         let mut failures = 0;
-        let mut first = None;
+        let (mut first, mut doubt) = (None, None);
+        // An error that is safe says nothing of an earlier try, which may have been carried out.
+        let told = |doubt: Option<ClientError>, error: ClientError| match doubt {
+            Some(earlier) if error.is_safe_to_repeat() => earlier,
+            _ => error,
+        };
         loop {
             if self.shared.ended.load(Ordering::SeqCst) {
-                return Err(ClientError::Ended);
+                return Err(told(doubt, ClientError::Ended));
             }
             let error = match self.attempt(&call.method, &call.params) {
                 Ok(reply) => return Ok(reply),
@@ -136,11 +141,14 @@ impl PoolThread {
                 false => retry.after(&error, failures, since),
             };
             let Some(delay) = delay else {
-                return Err(error);
+                return Err(told(doubt, error));
             };
             // The end of the pool cuts the delay short.
             if self.stop.recv_timeout(delay) != Err(RecvTimeoutError::Timeout) {
-                return Err(error);
+                return Err(told(doubt, error));
+            }
+            if !error.is_safe_to_repeat() {
+                doubt = Some(error);
             }
             self.shared.repeated.fetch_add(1, Ordering::Relaxed);
         }

@@ -86,7 +86,12 @@ impl PageServer {
     pub fn serve(&mut self) -> io::Result<()> {
         loop {
             self.wait()?;
-            for signal in self.signals.take() {
+            let signals = self.signals.take();
+            if !signals.is_empty() {
+                // The link may have ended since poll(2). A new master sends its order after that.
+                self.content.facts.receive(self.now.ms);
+            }
+            for signal in signals {
                 match signal {
                     // A service manager may send SIGTERM to all processes. After an upgrade it is an order of the
                     // master.

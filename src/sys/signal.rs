@@ -342,19 +342,26 @@ pub fn default_action(signal: Signal) {
 /// The grace period of `on_parent_death` for its handler, in seconds.
 static ALARM_SECONDS: AtomicU32 = AtomicU32::new(0);
 
-/// Whether the parent of `on_parent_death` has died.
-static PARENT_HAS_DIED: AtomicBool = AtomicBool::new(false);
+/// When the parent of `on_parent_death` died, in milliseconds (CLOCK_MONOTONIC); 0 while it lives.
+static PARENT_DIED_MS: AtomicU64 = AtomicU64::new(0);
 
-/// Returns whether the parent that was given to `on_parent_death` has died.
-pub fn parent_has_died() -> bool {
-    PARENT_HAS_DIED.load(Ordering::Relaxed)
+/// Returns when the parent that was given to `on_parent_death` died, in milliseconds (CLOCK_MONOTONIC); `None` while it
+/// lives.
+pub fn parent_died_ms() -> Option<u64> {
+    Some(PARENT_DIED_MS.load(Ordering::Relaxed)).filter(|at| *at > 0)
 }
 
-/// Calls only what signal-safety(7) allows: atomics and alarm(2).
+/// Calls only what signal-safety(7) allows: atomics, clock_gettime(2) and alarm(2).
 extern "C" fn start_alarm(_signal: libc::c_int) {
-    PARENT_HAS_DIED.store(true, Ordering::Relaxed);
-    // SAFETY: alarm is async-signal-safe.
-    unsafe { libc::alarm(ALARM_SECONDS.load(Ordering::Relaxed)) };
+    // SAFETY: both functions are async-signal-safe, and zeroes are a valid timespec.
+    let now = unsafe {
+        libc::alarm(ALARM_SECONDS.load(Ordering::Relaxed));
+        let mut now: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now);
+        now
+    };
+    let now_ms = now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000;
+    PARENT_DIED_MS.store(now_ms.max(1), Ordering::Relaxed);
 }
 
 /// Ends this process `grace` after its parent has died, even if its own loop is stuck. At the parent's

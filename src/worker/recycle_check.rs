@@ -107,21 +107,28 @@ impl EventLoop {
     }
 
     /// Ends a pool process whose master is gone: when no process uses it any more, or when the longest drain has passed.
-    /// If the master has died, the process exits before the alarm of `signal::on_parent_death`.
+    /// If the master has died, that is somewhat earlier, so that the process exits before the alarm of
+    /// `signal::on_parent_death`.
     pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
         if let Some(since) = self.master_gone
             && self.is_pool()
             && self.drain.is_serving()
         {
             let longest = self.longest_drain();
-            let end = since.saturating_add(millis(longest));
+            let longest_ms = millis(longest);
+            // The link ends at an upgrade too, perhaps long before the death of the master.
+            let died = signal::parent_died_ms();
+            let end = died.unwrap_or(since).saturating_add(longest_ms);
             let left_ms = end.saturating_sub(self.service.now_ms);
-            if !self.service.forwarding.has_users() || left_ms <= BEFORE_ALARM_MS {
-                // After an upgrade the master lives, and running calls have the whole time of a drain.
-                let limit = match signal::parent_has_died() {
-                    true => Duration::from_millis(left_ms),
-                    false => longest,
-                };
+            let (early_ms, limit) = match died {
+                Some(_) => (
+                    BEFORE_ALARM_MS.min(longest_ms / 2),
+                    Duration::from_millis(left_ms),
+                ),
+                // The master lives: no alarm comes, and running calls have the whole time of a drain.
+                None => (0, longest),
+            };
+            if !self.service.forwarding.has_users() || left_ms <= early_ms {
                 self.start_drain(reactor, limit);
             }
         }

@@ -439,5 +439,5 @@ fn an_answer_of_rpc_discover_costs_no_work_for_each_method() {
     let ticks = process::cpu_ticks(worker).unwrap() - before;
     println!("{CALLS} documents of 2000 methods: {ticks} ticks of CPU");
     // Building it takes about a tick (10 ms) or more.
-    assert!(ticks < 40, "{ticks} ticks");
+    assert!(ticks < 100, "{ticks} ticks");
 }

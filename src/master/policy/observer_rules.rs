@@ -147,6 +147,7 @@ impl ObserverRules {
     /// Handles the end of an observer. Its replacement is forked when the throttle allows it.
     pub fn died(&mut self, pid: Pid, how: Exit, now: Millis) -> Vec<Action> {
         self.before.retain(|other| *other != pid);
+        self.inherited.remove(&pid);
         if self.leaving.remove(&pid).is_some() {
             return Vec::new();
         }
