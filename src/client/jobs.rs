@@ -164,11 +164,7 @@ impl Client {
             *self = client;
             self.call(JOB_ENQUEUE, &params)
         });
-        match again {
-            // It says nothing of the first one, which may be stored.
-            Err(error) if error.is_safe_to_repeat() && !first.is_safe_to_repeat() => Err(first),
-            again => again,
-        }
+        again.map_err(|error| error.or_earlier(Some(first)))
     }
 
     /// Returns the state of a job, given by its handle or its id.

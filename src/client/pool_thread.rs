@@ -119,15 +119,10 @@ impl PoolThread {
 
     fn call(&mut self, call: &ClientCall) -> Result<Reply, ClientError> {
         let mut failures = 0;
-        let (mut first, mut doubt) = (None, None);
-        // An error that is safe says nothing of an earlier try, which may have been carried out.
-        let told = |doubt: Option<ClientError>, error: ClientError| match doubt {
-            Some(earlier) if error.is_safe_to_repeat() => earlier,
-            _ => error,
-        };
+        let (mut first, mut unclear) = (None, None);
         loop {
             if self.shared.ended.load(Ordering::SeqCst) {
-                return Err(told(doubt, ClientError::Ended));
+                return Err(ClientError::Ended.or_earlier(unclear));
             }
             let error = match self.attempt(&call.method, &call.params) {
                 Ok(reply) => return Ok(reply),
@@ -141,14 +136,14 @@ impl PoolThread {
                 false => retry.after(&error, failures, since),
             };
             let Some(delay) = delay else {
-                return Err(told(doubt, error));
+                return Err(error.or_earlier(unclear));
             };
             // The end of the pool cuts the delay short.
             if self.stop.recv_timeout(delay) != Err(RecvTimeoutError::Timeout) {
-                return Err(told(doubt, error));
+                return Err(error.or_earlier(unclear));
             }
             if !error.is_safe_to_repeat() {
-                doubt = Some(error);
+                unclear = Some(error);
             }
             self.shared.repeated.fetch_add(1, Ordering::Relaxed);
         }

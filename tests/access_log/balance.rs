@@ -233,7 +233,7 @@ fn lines_of_a_killed_process_of_a_connection_are_counted() {
         )
     };
     wait_for(
-        "the lines of all calls, and counters at rest",
+        "the lines of all calls, and counters that stay the same",
         PATIENCE,
         || {
             let (written, lost, all) = counts();

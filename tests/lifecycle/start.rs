@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -122,6 +123,19 @@ fn a_daemon_that_can_not_start_says_why_and_gives_the_shell_its_code() {
     }
 }
 
+/// Returns the processes of a server that have this file open.
+fn holders_of(daemon: &Daemon, file: &Path) -> Vec<i32> {
+    let holds = |pid: &i32| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        open.flatten()
+            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path == file))
+    };
+    let all = process::descendants(daemon.pid()).into_iter();
+    all.chain([daemon.pid()]).filter(holds).collect()
+}
+
 #[test]
 fn a_rotated_log_is_open_in_no_process_after_usr1() {
     let daemon = Daemon::builder()
@@ -136,17 +150,7 @@ fn a_rotated_log_is_open_in_no_process_after_usr1() {
         daemon.dir().join("rotated"),
     );
     std::fs::rename(&file, &rotated).unwrap();
-    let holds = |pid: &i32| {
-        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
-            .into_iter()
-            .flatten();
-        open.flatten()
-            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path == rotated))
-    };
-    let holders = || -> Vec<i32> {
-        let all = process::descendants(daemon.pid()).into_iter();
-        all.chain([daemon.pid()]).filter(holds).collect()
-    };
+    let holders = || holders_of(&daemon, &rotated);
     // The master, two workers with a keeper each, and the pool process.
     assert_eq!(holders().len(), 6);
     daemon.signal(Signal::SIGUSR1);
@@ -416,19 +420,8 @@ fn a_rotated_log_is_open_in_no_acceptor_session_or_jobs_process_after_usr1() {
     assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
     let rotated = daemon.dir().join("rotated");
     std::fs::rename(daemon.dir().join("server.log"), &rotated).unwrap();
-    let holds = |pid: &i32| {
-        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
-            .into_iter()
-            .flatten();
-        open.flatten()
-            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path == rotated))
-    };
-    let holders = || -> Vec<String> {
-        let all = process::descendants(daemon.pid()).into_iter();
-        let all = all.chain([daemon.pid()]).filter(holds);
-        all.map(process::title).collect()
-    };
-    let before = holders();
+    let holders = || holders_of(&daemon, &rotated);
+    let before: Vec<String> = holders().into_iter().map(process::title).collect();
     let has = |text: &str| before.iter().any(|title| title.contains(text));
     assert!(has(": acceptor ") && has(": connection 127."), "{before:?}");
     assert_eq!(has(": jobs"), has_jobs, "{before:?}");

@@ -142,12 +142,9 @@ while True:
     );
 }
 
-/// The README shows a whole program and its configuration.
-#[test]
-fn the_program_in_the_readme() {
-    if !has("python3", &["-c", ""]) {
-        return;
-    }
+/// The README shows a whole program and its configuration. Returns the directory of the program, `model.py`, and a
+/// configuration with its pool.
+fn pool_of_the_readme() -> (Dir, String) {
     let readme = std::fs::read_to_string(source().join("README.md")).unwrap();
     let blocks = markdown::blocks(&readme);
     let program = blocks.iter().find(|block| block.language == "py").unwrap();
@@ -159,9 +156,16 @@ fn the_program_in_the_readme() {
     let path = dir.write("model.py", &program.text);
     std::fs::copy(example("python/preforkd.py"), dir.join("preforkd.py")).unwrap();
     let pool = pool.text.replace("/srv/model.py", path.to_str().unwrap());
-    let daemon = Daemon::builder()
-        .config(&format!("[workers]\ncount = 1\n{pool}"))
-        .start();
+    (dir, format!("[workers]\ncount = 1\n{pool}"))
+}
+
+#[test]
+fn the_program_in_the_readme() {
+    if !has("python3", &["-c", ""]) {
+        return;
+    }
+    let (_dir, config) = pool_of_the_readme();
+    let daemon = Daemon::builder().config(&config).start();
     let mut client = daemon.client();
     assert_eq!(
         answer(&mut client, "score", &json!("a good day"))["result"],
@@ -310,19 +314,9 @@ fn the_pool_in_the_readme_takes_no_program_that_fails_while_it_loads() {
     if !has("python3", &["-c", ""]) {
         return;
     }
-    let readme = std::fs::read_to_string(source().join("README.md")).unwrap();
-    let blocks = markdown::blocks(&readme);
-    let program = blocks.iter().find(|block| block.language == "py").unwrap();
-    let pool = blocks
-        .iter()
-        .find(|block| block.text.contains("[pools.model]"))
-        .unwrap();
-    let dir = Dir::new();
-    let path = dir.write("model.py", &program.text);
-    std::fs::copy(example("python/preforkd.py"), dir.join("preforkd.py")).unwrap();
-    let pool = pool.text.replace("/srv/model.py", path.to_str().unwrap());
+    let (dir, config) = pool_of_the_readme();
     let daemon = Daemon::builder()
-        .config(&format!("[workers]\ncount = 1\n{pool}"))
+        .config(&config)
         .expect_log("before it was ready")
         .expect_log("no_such_module")
         .start();
