@@ -377,7 +377,7 @@ fn raise_descriptor_limit() {
     match process::raise_descriptor_limit() {
         Ok(limit) => log::debug!("{limit} descriptors may be open"),
         Err(error) => log::warn!(
-            "could not raise the limit of open files: {error}; the soft limit of the start stays, and workers \
+            "could not raise the limit of open files: {error}; the soft limit stays as it was at the start, and workers \
              may accept fewer connections"
         ),
     }

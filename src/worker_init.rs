@@ -102,7 +102,7 @@ pub struct IsolatedInit {
     /// The records of the listener's sessions, and the index of the first one in the table.
     pub range: (&'static [SessionRecord], usize),
     /// The reading end of a pipe whose only writer is the master. It ends with the master.
-    pub master_life: Rc<OwnedFd>,
+    pub master_pipe: Rc<OwnedFd>,
     /// The file of the scoreboard, for reading. With it a session gives up the right to write there.
     pub scoreboard: Rc<OwnedFd>,
     /// In a session, where it records that its event loop runs, in milliseconds (CLOCK_MONOTONIC). Only its

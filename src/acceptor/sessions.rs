@@ -187,7 +187,9 @@ impl SessionProcesses {
         };
         self.has_forked = true;
         if let Err(error) = heartbeat.hide_from_children() {
-            log::warn!("process {pid} shares its heartbeat with later ones: {error}");
+            log::warn!(
+                "could not hide the heartbeat of connection process {pid}: {error}; connection processes that are forked later can change it"
+            );
         }
         record.set_process(pid, process_tree::start_ticks(pid).unwrap_or(0));
         let event = EpollEvent::new(EpollFlags::EPOLLIN, first_event + index as u64);

@@ -134,8 +134,8 @@ impl Sources {
 /// again soon.
 pub fn has_master_died(boot: &WorkerInit<'_>) -> bool {
     boot.isolated.as_ref().is_none_or(|isolated| {
-        let mut life = [PollFd::new(isolated.master_life.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut life, PollTimeout::ZERO), Ok(1..))
+        let mut master = [PollFd::new(isolated.master_pipe.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut master, PollTimeout::ZERO), Ok(1..))
     })
 }
 

@@ -127,10 +127,10 @@ pub enum CliCommand {
         /// The time between two readings, at least 100ms
         #[arg(long, value_name = "TIME", default_value = "1s", value_parser = reading_interval)]
         interval: Duration,
-        /// Print one frame as text, or with --json one object
+        /// Print the display once as text, or with --json one object, and exit
         #[arg(long)]
         once: bool,
-        /// Print one JSON object per reading and line, as /status.json has it
+        /// Print one line per reading: a JSON object in the format of /status.json
         #[arg(long)]
         json: bool,
     },
@@ -202,7 +202,7 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Cl
     }
 }
 
-/// Checks combinations of options, and the JSON, because clap would print its error badly.
+/// Checks combinations of options. Also checks JSON arguments, because clap's error text for them is hard to read.
 fn checked(command: CliCommand) -> Result<CliCommand> {
     match &command {
         CliCommand::Call(CallArgs {

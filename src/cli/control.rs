@@ -147,7 +147,7 @@ impl ControlConnection {
                         file: Some(file.to_owned()),
                         position: None,
                         key: String::new(),
-                        problem: "there is no such file, so it can't tell which server is meant"
+                        problem: "there is no such file, so it is unknown which server is meant"
                             .into(),
                         remedy: "name the right one, or the server's socket with --control-socket"
                             .into(),
@@ -386,7 +386,7 @@ pub(super) fn check_peer(path: &Path, peer: Option<u32>, own: (u32, u32)) -> Res
             let who = peer.map_or("an unknown user".into(), |peer| format!("user {peer}"));
             Err(Error::Permission(format!(
                 "{}: the process at this control socket runs as {who}, so it may not be the server, and \
-                 nothing was asked of it; become the user that the server runs as, or let only root and that \
+                 no request was sent; become the user that the server runs as, or let only root and that \
                  user write to the directories above the socket",
                 path.display()
             )))
@@ -420,7 +420,9 @@ fn waits_for(status: Option<&Status>) -> String {
             )
         },
     );
-    format!("waiting for {what}, at most for workers.drain-timeout; `stop --now` does not wait")
+    format!(
+        "waiting for {what}, at most for the longest drain-timeout (workers and jobs); `stop --now` does not wait"
+    )
 }
 
 /// Returns what a reload waits for, if that is known.
@@ -436,10 +438,10 @@ fn reload_waits_for(status: Option<&Status>) -> String {
     match drain.len() {
         many @ MOST_DRAINING_GENERATIONS.. => format!(
             "waiting until one of the {many} generations that still drain has exited, at most for \
-             workers.drain-timeout; then the reload begins"
+             the longest drain-timeout (workers and jobs); then the reload begins"
         ),
-        _ => "waiting for the new workers to be ready, at most for workers.boot-timeout and once \
-              more for those after the first"
+        _ => "waiting for the new workers to be ready: at most workers.boot-timeout for the first \
+              one, and the same time again for the others"
             .to_owned(),
     }
 }

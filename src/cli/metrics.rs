@@ -5,7 +5,7 @@
 //! costs the master little.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 
 use super::args::ServerSelector;
@@ -13,10 +13,11 @@ use super::control::{self, Answered, ControlConnection};
 use crate::config::{self, ObserveConfig, Overrides};
 use crate::error::{Error, Result};
 use crate::link::metrics_board::BoardReader;
+use crate::observe::board_source::BoardSource;
 use crate::observe::exposition::exposition;
 use crate::observe::totals::BoardMembers;
-use crate::protocol::control::Status;
-use crate::sys::process::{monotonic, unix_seconds_exact};
+use crate::protocol::control::{MasterStatus, Status};
+use crate::sys::process::{monotonic, monotonic_ms, unix_seconds_exact};
 
 /// The status, and the metrics board or why there is none.
 pub(super) struct Observed {
@@ -47,6 +48,19 @@ pub(super) fn observe(place: &ServerSelector) -> Result<Observed> {
         answered,
         board: board.map_err(left_out),
     })
+}
+
+/// Returns the board that a server has sent, and how to ask the same place for the board of the next master.
+pub(super) fn board_source(
+    place: ServerSelector,
+    master: &MasterStatus,
+    board: Option<BoardReader>,
+) -> BoardSource {
+    let find = move || match observe(&place) {
+        Ok(observed) => Ok(observed.board.ok()),
+        Err(error) => Err(io::Error::other(error)),
+    };
+    BoardSource::following(board, (master, monotonic_ms()), Box::new(find))
 }
 
 /// Returns the status as JSON, with the members that are read from the metrics board. If that cannot be read, it also

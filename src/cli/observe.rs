@@ -53,7 +53,8 @@ pub(super) fn observe(
         _ => format!("{address}\n"),
     })?;
     let is_unix = matches!(address, Address::Unix(_));
-    let served = observe::serve((listener, is_unix), control_socket, board.ok(), &config);
+    let board = metrics::board_source(place.clone(), &answered.status.master, board.ok());
+    let served = observe::serve((listener, is_unix), control_socket, board, &config);
     if let Address::Unix(path) = &address {
         // This process has created the socket: bind(2) would have failed if the path had existed.
         let _ = fs::remove_file(path);

@@ -63,7 +63,7 @@ mod pool_tests;
 mod pool_thread;
 pub(crate) mod reorder;
 mod reply;
-mod retry;
+pub(crate) mod retry;
 mod stream;
 #[cfg(test)]
 mod tests;

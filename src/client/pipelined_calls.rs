@@ -11,7 +11,7 @@ use crate::sys::lock::lock;
 /// The calls that have no answer yet, by id.
 #[derive(Debug, Default)]
 pub(super) struct PipelinedCalls {
-    /// The number of ids that were used. An answer to one of them without an entry is late.
+    /// The number of ids that were used. If an answer has one of these ids and there is no entry, the answer is late.
     pub(super) given: u64,
     pub(super) calls: HashMap<u64, Sender<Outcome>>,
     /// Whether the reader has seen the end of the connection. Then no call is answered any more.
@@ -28,7 +28,7 @@ impl PipelinedCalls {
 }
 
 /// The entry of one call. Its drop removes the call, because its caller does not wait any more: the answer
-/// came, its time was over, or the handle was dropped.
+/// came, its timeout has passed, or the handle was dropped.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) id: u64,

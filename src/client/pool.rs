@@ -266,7 +266,8 @@ impl Pool {
     }
 
     /// Ends the pool now. Calls that have not begun get [`ClientError::Ended`]. Running calls lose their
-    /// connection and get [`ClientError::Gone`]. Returns when the last callback has returned.
+    /// connection and get [`ClientError::Gone`]. Stored jobs continue in the server, but their callbacks get
+    /// [`ClientError::Ended`]. Returns when the last callback has returned.
     pub fn terminate(mut self) {
         self.end();
     }

@@ -15,11 +15,11 @@ const FIRST_DELAY: Duration = Duration::from_millis(5);
 /// The longest delay.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
-/// How a pool repeats calls.
+/// How a pool or a command repeats calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Retry {
+pub(crate) struct Retry {
     /// How long after its first failure a call is repeated.
-    pub(super) patience: Duration,
+    pub(crate) patience: Duration,
 }
 
 impl Retry {
@@ -38,7 +38,7 @@ impl Retry {
     }
 
     /// Returns the delay as `after` does, for a call that may be sent again although it has begun.
-    pub(super) fn after_repeatable(
+    pub(crate) fn after_repeatable(
         self,
         error: &ClientError,
         failures: u32,

@@ -78,7 +78,7 @@ fn sample(check: &Check<'_>, share: f64) -> Result<f64> {
         return Ok(share);
     }
     let problem = format!("{share} is out of range");
-    let remedy = "give 0.0 for no calls but errors, to 1.0 for all calls";
+    let remedy = "give 0.0 (only errors) to 1.0 (all calls)";
     Err(check.places.error("access-log.sample", problem, remedy))
 }
 

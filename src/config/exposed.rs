@@ -50,7 +50,7 @@ pub(super) fn warnings(
     };
     let text = |((at, writer), names): ((PathBuf, OtherWriter), Vec<String>)| {
         format!(
-            "{}: {} can be written by {writer}, who can put something else in its place; let only {user} \
+            "{}: {} can be written by {writer}, so it or the files in it can be replaced; let only {user} \
              write there, or take another path",
             names.join(", "),
             at.display()

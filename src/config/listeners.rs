@@ -96,7 +96,7 @@ fn refuse_collisions(check: &Check<'_>, listeners: &[ListenConfig]) -> Result<()
             let other = &before[first].address;
             (
                 format!(
-                    "{} can't be bound beside {other}{}: one of the two is all interfaces",
+                    "{} can't be bound beside {other}{}: one of the two addresses stands for all interfaces",
                     listen.address,
                     place(first)
                 ),

@@ -87,7 +87,7 @@ fn check_name(name: &str) -> std::result::Result<(), String> {
     } else if !name.bytes().all(good) {
         Err("a method's name is made of letters, digits and _ . - / :".to_owned())
     } else if is_reserved(name) {
-        Err("names with rpc. are the protocol's own".to_owned())
+        Err("names that begin with rpc. belong to the protocol".to_owned())
     } else if name == "_OTHER" {
         Err("metrics count the calls of all other methods under that name".to_owned())
     } else if name == "error" {

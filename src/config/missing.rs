@@ -16,7 +16,7 @@ pub(super) fn warnings(settings: &Settings, raw: &Raw, here: &Environment) -> Ve
     if !here.is_check {
         return Vec::new();
     }
-    let created = "the start creates it, so look whether the path is right";
+    let created = "the start creates it, so check that the path is right";
     let needed =
         "the start fails without it: create it (RuntimeDirectory= in a unit), or take another path";
     let own = [

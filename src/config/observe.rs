@@ -102,7 +102,7 @@ impl ObserveConfig {
         Some(format!(
             "observe.address {address} can be reached from other machines, and there is no password: anyone \
              there sees method names, pids, addresses of clients and error texts; use 127.0.0.1 or a unix \
-             socket, or be sure of that network{hosts}"
+             socket, or use only a network that you trust{hosts}"
         ))
     }
 

@@ -78,8 +78,8 @@ fn resolve_one(
         return Err(check.places.error(
             &boot_key,
             format!(
-                "{} is longer than workers.boot-timeout ({limit}), after which the worker is \
-                 given up",
+                "{} is longer than workers.boot-timeout ({limit}), after which the process \
+                 that starts it is killed",
                 DurationValue(boot_timeout)
             ),
             format!("give {limit} at most, or raise workers.boot-timeout"),

@@ -147,11 +147,14 @@ fn arguments(
     }
     if !is_executable(&program) {
         let problem = format!("{} is not executable", program.display());
-        return error(problem, "make it so with chmod +x, or name another one");
+        return error(
+            problem,
+            "make it executable with chmod +x, or name another one",
+        );
     }
     if let Some(problem) = wrong_script(&program) {
         let problem = format!("{} {problem}", program.display());
-        let remedy = "begin it with its interpreter, as in #!/bin/sh, or name that in front of it";
+        let remedy = "begin the script with a #! line, such as #!/bin/sh, or put the interpreter before the script in command";
         return error(problem, remedy);
     }
     Ok((program, arguments))
@@ -234,7 +237,7 @@ fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Resul
     // The account of the workers is kept too, because the file may name it.
     if workers.0 != 0 && (account.uid, account.gid) != workers {
         let problem = format!(
-            "workers run as uid {}, gid {}, and only root's can run a program as {}:{}",
+            "workers run as uid {}, gid {}, and only workers that run as root can run a program as {}:{}",
             workers.0, workers.1, account.name, account.group
         );
         let remedy = "remove it, or start as root with no user at the top of the file";

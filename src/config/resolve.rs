@@ -29,7 +29,7 @@ use crate::sys::account::Account;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const OWN_PATH: &str = "give each a path of its own";
 /// A warning, if the workers run as root.
-pub(super) const ROOT_WORKERS: &str = "workers run as root, and so does whatever goes wrong in a handler; set \
+pub(super) const ROOT_WORKERS: &str = "workers run as root, so a fault in a handler has the rights of root; set \
                                        user to an account without rights";
 
 /// Makes settings of `raw`, whose keys have their positions in `places`.
@@ -83,7 +83,7 @@ pub(super) fn resolve(
     {
         warnings.push(format!(
             "{} can be reached from other machines, and any user there can run the program of \
-             {name}; listen on 127.0.0.1 or a unix socket, or be sure of that network",
+             {name}; listen on 127.0.0.1 or a unix socket, or use only a network that you trust",
             listen.address
         ));
     }
@@ -203,7 +203,7 @@ fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
     if account.uid == 0 && is_root {
         return Err(check.places.error(
             "group",
-            "workers that run as root can't leave its group",
+            "workers that run as root can't leave the group of root",
             "set a user that is not root, or take group out",
         ));
     }

@@ -393,7 +393,7 @@ fn warnings_name_what_root_exposes() {
     assert_eq!(
         warnings(root(), public),
         [
-            "workers run as root, and so does whatever goes wrong in a handler; set user to an \
+            "workers run as root, so a fault in a handler has the rights of root; set user to an \
              account without rights",
             "0.0.0.0:80 can be reached from other machines and workers run as root; anyone there \
              can call every method; set user, or listen on 127.0.0.1 or a unix socket"

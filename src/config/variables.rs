@@ -114,8 +114,8 @@ pub(super) fn warnings(settings: &Settings, here: &Environment) -> Vec<String> {
         let missing = |(name, value): (&String, &String)| {
             let missing = expand(value, here.variable).err()?;
             Some(format!(
-                "{table}.{owner}.environment.{name} needs the variable {missing}, which is not set here; a start \
-                 fails unless it is set there"
+                "{table}.{owner}.environment.{name} needs the variable {missing}, which is not set in the environment \
+                 of this command; the start fails if it is not set in the environment of the server (Environment= of a unit)"
             ))
         };
         program

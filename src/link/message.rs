@@ -100,6 +100,8 @@ pub enum Order {
     SessionLink(SessionLink),
     /// For a jobs process: this worker or pool process has ended.
     ExecutorEnded(ExecutorEnd),
+    /// For a jobs process: claim nothing more, because the executors of its generation leave.
+    EndClaims,
 }
 
 /// A report of a worker to the master.
@@ -165,6 +167,7 @@ impl MessageBody for Order {
             Order::PoolEnded => (24, 0),
             Order::JobCommand => (31, 0),
             Order::ExecutorEnded(end) => (30, end.encode()),
+            Order::EndClaims => (32, 0),
             Order::Rebalance(order) => {
                 let flag = if order.after_change { AFTER_CHANGE } else { 0 };
                 let give = order.give.min(AFTER_CHANGE - 1) | flag;
@@ -199,6 +202,7 @@ impl MessageBody for Order {
             23 => Some(Order::EndUpdate(Generation(value as u32), value >> 32 != 0)),
             24 => Some(Order::PoolEnded),
             31 => Some(Order::JobCommand),
+            32 => Some(Order::EndClaims),
             30 => ExecutorEnd::decode(value).map(Order::ExecutorEnded),
             _ => None,
         }
@@ -316,6 +320,7 @@ mod tests {
             Order::EndUpdate(Generation(2), false),
             Order::PoolEnded,
             Order::JobCommand,
+            Order::EndClaims,
             Order::ExecutorEnded(ENDED),
             Order::SessionLink(SessionLink {
                 session: u32::MAX,
@@ -403,6 +408,7 @@ mod tests {
         check(succeeded, 23, *b"\x03\0\0\0\x01\0\0\0");
         check(Order::PoolEnded, 24, [0; 8]);
         check(Order::JobCommand, 31, [0; 8]);
+        check(Order::EndClaims, 32, [0; 8]);
         let ended = Order::ExecutorEnded(ENDED);
         check(ended, 30, *b"\x03\0\0\x80\x05\0\0\0");
         check(Report::Ready, 101, [0; 8]);

@@ -47,7 +47,7 @@ shared_record! {
         pub connections: AtomicU32,
         /// Calls that run on handler threads.
         pub running: AtomicU32,
-        /// Calls that wait for a handler thread.
+        /// Calls of its connections that wait.
         pub queued: AtomicU32,
         /// Handler threads that run past the deadline of their call.
         pub lost_threads: AtomicU32,

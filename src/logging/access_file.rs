@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 
-use super::output::LogOutput;
+use super::output::{LogOutput, is_nameless, was_removed};
 use crate::sys::descriptor;
 
 /// The largest number of bytes that are written at once.
@@ -29,6 +29,8 @@ pub struct AccessFile {
     file: File,
     /// Its last line is incomplete and could not be erased: the next line begins with a line feed.
     is_cut: AtomicBool,
+    /// Whether the file had a name when it was opened. If not, it has no name for another reason than a removal.
+    had_name: AtomicBool,
 }
 
 impl AccessFile {
@@ -43,9 +45,12 @@ impl AccessFile {
 
     /// Takes a descriptor that another process has sent.
     pub fn received(fd: OwnedFd) -> Self {
+        let file = File::from(fd);
+        let had_name = !file.metadata().as_ref().is_ok_and(is_nameless);
         AccessFile {
-            file: File::from(fd),
+            file,
             is_cut: AtomicBool::new(false),
+            had_name: AtomicBool::new(had_name),
         }
     }
 
@@ -75,7 +80,14 @@ impl AccessFile {
     pub fn replace(&self, by: OwnedFd) -> io::Result<()> {
         descriptor::replace(&self.file, &by)?;
         self.is_cut.store(false, Relaxed);
+        let had_name = !self.file.metadata().as_ref().is_ok_and(is_nameless);
+        self.had_name.store(had_name, Relaxed);
         Ok(())
+    }
+
+    /// Returns whether the file was removed from this path. Then no line is written to it.
+    pub fn is_removed(&self, path: &Path) -> bool {
+        was_removed(&self.file, path)
     }
 
     /// Returns the descriptor.
@@ -93,7 +105,12 @@ impl AccessFile {
         if self.is_cut.load(Relaxed) && self.write_all(b"\n") == 1 {
             self.is_cut.store(false, Relaxed);
         }
-        let is_regular = self.is_regular();
+        let found = self.file.metadata();
+        if found.as_ref().is_ok_and(is_nameless) && self.had_name.load(Relaxed) {
+            // The lines would be lost without being counted.
+            return 0;
+        }
+        let is_regular = found.is_ok_and(|found| found.is_file());
         let mut written = 0;
         while written < lines.len() {
             let rest = &lines[written..];
@@ -282,6 +299,24 @@ mod tests {
         let length = reader.read(&mut text).unwrap();
         assert_eq!(text[..length], lines[..written as usize * 333]);
         assert_eq!(own(Path::new("/dev/full")).write(&lines), 0);
+    }
+
+    #[test]
+    fn a_removed_file_gets_no_lines() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let file = own(&path);
+        let is_removed = || file.is_removed(&path);
+        assert_eq!((file.write(&line(1, 50)), is_removed()), (1, false));
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!((file.write(&line(2, 50)), is_removed()), (0, true));
+        let null = Path::new("/dev/null");
+        assert!(!own(null).is_removed(null));
+        // A file that never had a name is written.
+        let nameless = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let other = own(Path::new(&nameless));
+        assert_eq!(other.write(&line(3, 50)), 1);
+        assert!(!other.is_removed(Path::new(&nameless)));
     }
 
     #[test]

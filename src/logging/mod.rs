@@ -124,6 +124,14 @@ pub fn set_output(output: LogOutput) -> Option<LogOutput> {
     before
 }
 
+/// Returns whether the output is a file that was removed from this path.
+pub fn is_output_removed(path: &Path) -> bool {
+    let output = lock_output();
+    output
+        .as_ref()
+        .is_some_and(|output| output.is_removed(path))
+}
+
 /// Logs nothing from now on and closes nothing. It is for a keeper: at a rotation its worker closes the
 /// descriptor, and the number is reused.
 pub fn forget_output() {

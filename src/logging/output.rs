@@ -5,10 +5,10 @@
 //! socket gets MSG_DONTWAIT with each send. A file is written directly. A line that cannot be written is
 //! lost and counted.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -80,6 +80,21 @@ enum WriteMode {
     WhenReady,
 }
 
+/// Returns whether this is a regular file without a name.
+pub(super) fn is_nameless(found: &Metadata) -> bool {
+    found.is_file() && found.nlink() == 0
+}
+
+/// Returns whether this open file has no name any more, so that `path` names another file or none. A path such as
+/// /dev/stdout may name a file without a name.
+pub(super) fn was_removed(open: &File, path: &Path) -> bool {
+    let is_same = |open: &Metadata| {
+        fs::metadata(path).is_ok_and(|named| (named.dev(), named.ino()) == (open.dev(), open.ino()))
+    };
+    open.metadata()
+        .is_ok_and(|open| is_nameless(&open) && !is_same(&open))
+}
+
 /// The destination of log lines.
 #[derive(Debug)]
 pub struct LogOutput {
@@ -136,6 +151,11 @@ impl LogOutput {
                 Err(_) => LogOutput::of(own, WriteMode::WhenReady),
             },
         })
+    }
+
+    /// Returns whether it is a file that was removed from this path.
+    pub(super) fn is_removed(&self, path: &Path) -> bool {
+        was_removed(&self.file, path)
     }
 
     /// Takes a log file of `LogOutput::file` that another process has sent.
@@ -243,7 +263,7 @@ impl LogOutput {
 }
 
 fn open_file(path: &Path, flags: libc::c_int) -> io::Result<File> {
-    let fifo = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+    let fifo = fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
     OpenOptions::new()
         .append(true)
         // Without a reader, a FIFO cannot be opened write-only (fifo(7)).
@@ -351,12 +371,12 @@ mod tests {
             ("whole\n", "whole\nline\n"),
             ("", "line\n"),
         ] {
-            std::fs::write(&path, before).unwrap();
+            fs::write(&path, before).unwrap();
             let mut output = LogOutput::file(&path).unwrap();
             output.torn = PartialLine::by(Box::leak(Box::default()), &output.file);
             output.look_at_end();
             output.write_line(b"line\n", &lost, count_line);
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
+            assert_eq!(fs::read_to_string(&path).unwrap(), after);
         }
     }
 

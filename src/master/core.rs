@@ -1,6 +1,6 @@
 //! Holds the state of the master, and carries out the actions of the policy.
 //!
-//! It makes no decisions, and calls no code of a higher layer. If an action concerns more than the children, it
+//! It makes no decisions, and calls no code of a higher layer. If an action concerns more than the children, `apply_actions`
 //! returns an [`ActionOutcome`], which the caller handles before the next action.
 
 use std::collections::VecDeque;
@@ -60,9 +60,11 @@ pub(super) struct Master<'a> {
     pub(super) exit_code: Option<u8>,
     /// Whether more children may have ended than the last round has reaped.
     pub(super) reap_again: bool,
+    /// When removed log files are looked for next.
+    pub(super) next_log_look: Millis,
 }
 
-/// What an action of the policy means for more than the children.
+/// The result of an action that the caller must handle, because it concerns more than the children.
 pub(super) enum ActionOutcome {
     Started(Result<(), String>),
     Reloaded(Result<Generation, String>),
@@ -98,6 +100,7 @@ impl<'a> Master<'a> {
             failure: None,
             exit_code: None,
             reap_again: false,
+            next_log_look: 0,
         }
     }
 
@@ -125,6 +128,7 @@ impl<'a> Master<'a> {
                     };
                     self.workers.order(pid, order, None);
                 }
+                Action::EndClaims { pid } => self.workers.order(pid, Order::EndClaims, None),
                 Action::Pool { pid, step, at } => self.update_pool(pid, step, at),
                 Action::Diagnose { pid } => {
                     if let Some(worker) = self.workers.get(pid) {

@@ -107,7 +107,7 @@ impl Display for Incident {
                 )
             }
             Incident::ScaleDeferred => {
-                f.write_str("the number of workers changes once the new ones are ready")
+                f.write_str("the number of workers changes when the start or the reload has ended")
             }
             Incident::ScaleRefused => {
                 f.write_str("the number of workers does not change: the server stops")
@@ -222,10 +222,10 @@ impl Display for NotReady {
             NotReady::SurvivedKill(child) => write!(f, "{child} survived SIGKILL"),
             NotReady::Stopped(StopMode::AtOnce) => KillReason::StopNow.fmt(f),
             NotReady::Stopped(_) => f.write_str("the server stops"),
-            NotReady::ProgramFailed(reason) | NotReady::PoolRefused(reason) => f.write_str(reason),
+            NotReady::UpgradeFailed(reason) | NotReady::PoolRefused(reason) => f.write_str(reason),
             NotReady::PoolSilent => f.write_str(
-                "a pool process has not taken its new table within twice boot-timeout: programs of \
-                 an earlier reload may still have calls; try again when these have ended",
+                "a pool process has not taken its new table within twice workers.boot-timeout: programs of \
+                 an earlier reload may still have calls; try again when these calls have ended",
             ),
         }
     }

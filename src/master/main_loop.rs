@@ -21,9 +21,10 @@ use super::policy::rebalancer::Share;
 use super::reaping::reap;
 use super::reports::{queue_last_requests, queue_reports};
 use super::requests::reload_driver::reload_if_asked;
+use super::requests::reopening::{next_look, restore_removed_logs};
 use super::requests::upgrade_driver::{advance_upgrade, exec};
 use super::requests::{handle_event, on_signals, request, settle};
-use super::session_orders::{awaits_others, note_crashed_sessions, overdue_at};
+use super::session_orders::{kill_overdue_children, note_crashed_sessions, overdue_at};
 use crate::error::{Error, Result};
 use crate::link::message::{Order, RebalanceOrder};
 use crate::link::metrics_board;
@@ -56,7 +57,7 @@ pub fn serve(master: &mut Master<'_>) {
     signal::unblock_all();
     // After an upgrade, its reload begins or fails before anything else is handled.
     begin_due_changes(master);
-    while awaits_others(master) || master.exit_code.is_none() {
+    while kill_overdue_children(master) || master.exit_code.is_none() {
         let ready = wait(master);
         on_signals(master);
         for source in &ready {
@@ -151,6 +152,7 @@ fn timeout(master: &Master<'_>) -> PollTimeout {
         master.workers.sessions.adopted.next_ms(),
         overdue_at(master).map(|at| at.max(now() + KILL_RETRY)),
         has_unsent.then(|| now() + SEND_RETRY),
+        next_look(master),
     ]
     .into_iter()
     .flatten()
@@ -186,6 +188,7 @@ fn pass_time(master: &mut Master<'_>) {
         master.actions.extend(actions);
         settle(master);
     }
+    restore_removed_logs(master, now);
     let fleet = &master.fleet;
     (master.endpoints.notifier).keep_alive(now, || fleet.is_healthy());
     master.endpoints.notifier.retry();

@@ -86,7 +86,7 @@ impl ReapTarget for Round<'_, '_> {
         let suspicion = suspicion(master, child, self.out_of_memory);
         let orphans = &master.orphans;
         let may_keep = |pid: Pid| {
-            !orphans.is_no_keeper(pid) && (others.contains(&pid) || is_plausible_keeper(pid))
+            !orphans.cannot_be_keeper(pid) && (others.contains(&pid) || is_plausible_keeper(pid))
         };
         let orders = (
             master.fleet.drains(pid),

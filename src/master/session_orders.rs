@@ -1,5 +1,5 @@
-//! Handles sessions, which are children of acceptors: their crashes, and those whose acceptor has died. The
-//! master reaps the latter, and gives them the orders that their acceptor would have given. A stop also ends
+//! Handles sessions, which are children of acceptors: records their crashes, and adopts those whose acceptor
+//! has died. The master reaps the adopted sessions, and gives them the orders that their acceptor would have given. A stop also ends
 //! the acceptors and pool processes of the program before an upgrade, with their sessions.
 
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use crate::link::session_table::DirectOrder;
 use crate::sys::process::Pid;
 
 /// The time from the deadline of a stop to the SIGKILL. Until then an acceptor ends its sessions by itself.
-const OVERDUE: Millis = 1000;
+const STOP_KILL_DELAY: Millis = 1000;
 
 /// Handles the end of an acceptor: its sessions continue as long as they would have with it.
 pub fn adopt_sessions(
@@ -25,7 +25,9 @@ pub fn adopt_sessions(
 ) {
     let mut left = master.workers.sessions.left_by(acceptor, known, reaped);
     // A session can write the pid of another child of this process into a record that belongs to its acceptor.
-    left.retain(|(pid, _)| !master.workers.is_other(*pid) && !master.orphans.is_no_keeper(*pid));
+    left.retain(|(pid, _)| {
+        !master.workers.is_other(*pid) && !master.orphans.cannot_be_keeper(*pid)
+    });
     master.workers.sessions.adopt(acceptor, left, known);
     order_sessions(master);
     note_adopted_sessions(master);
@@ -89,7 +91,8 @@ pub fn order_sessions(master: &mut Master<'_>) {
     }
 }
 
-/// Tells sessions which generation serves, so that connections of other generations go there.
+/// Writes into the scoreboard which generation serves each isolated listener. Acceptors read it to learn whether another
+/// acceptor takes over.
 pub fn note_serving(master: &mut Master<'_>) {
     let generation = master.fleet.generation();
     let scoreboard = master.workers.board.records();
@@ -99,7 +102,7 @@ pub fn note_serving(master: &mut Master<'_>) {
 
 /// Kills overdue sessions without an acceptor, and at the end of a stop the remaining children of the program
 /// before an upgrade. Returns whether the master must wait for any of them.
-pub fn awaits_others(master: &mut Master<'_>) -> bool {
+pub fn kill_overdue_children(master: &mut Master<'_>) -> bool {
     master.workers.sessions.adopted.pass_time(now());
     if overdue_at(master).is_some_and(|at| at <= now()) {
         master.workers.signal_reserved(Signal::SIGKILL, true);
@@ -111,5 +114,8 @@ pub fn awaits_others(master: &mut Master<'_>) -> bool {
 /// Returns when a stop kills the remaining children of the program before an upgrade; `None` if there are none.
 pub fn overdue_at(master: &Master<'_>) -> Option<Millis> {
     let until = master.fleet.stop_deadline()?;
-    master.workers.has_reserved().then_some(until + OVERDUE)
+    master
+        .workers
+        .has_reserved()
+        .then_some(until + STOP_KILL_DELAY)
 }

@@ -8,21 +8,29 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use super::families::{Families, HistogramSample};
 use crate::config::{Histogram, ObserveConfig};
 use crate::link::metrics_board::job_cells::{ENDS, OUTCOMES};
-use crate::link::metrics_board::layout::{Block, CloseReason, HANDLER_CODE, labels};
+use crate::link::metrics_board::layout::{Block, CloseReason, HANDLER_CODE, HandlerKind, labels};
 use crate::link::metrics_board::{BoardReader, HistogramCounts, JobTotals, MethodTotals};
 use crate::protocol::Code;
 
 /// Codes whose series exist from the start.
 const ALWAYS: [Code; 3] = [Code::Timeout, Code::Overloaded, Code::Crashed];
+/// The kind of the methods of pools.
+const POOL: &str = labels::KINDS[HandlerKind::Pool as usize];
 /// The label of the codes of handlers.
 const HANDLER: &str = "handler";
 
 /// Adds the figures of processes and methods.
 pub fn add_board(families: &mut Families, board: &BoardReader, config: &ObserveConfig) {
     add_processes(families, board, config);
+    let mut queued = 0;
     for method in board.methods(config.exports(Histogram::Run)) {
+        // Calls that wait for a program have a metric of their own. Those without a kind wait for the jobs process.
+        if method.kind.is_some_and(|kind| kind != POOL) {
+            queued += method.queued;
+        }
         add_method(families, &method, config);
     }
+    families.add("calls_queued", &[], queued as f64);
     if let Some(jobs) = JobTotals::of(board) {
         add_jobs(families, &jobs, config);
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::answer::{JSON, PageAnswer};
+use super::board_source::BoardSource;
 use super::exposition::{CONTENT_TYPE, exposition};
 use super::master_facts::{CURRENT_MS, Facts, MasterFacts, Readiness};
 use super::model::{AllRates, Model, Reading};
@@ -35,7 +36,7 @@ pub struct Now {
 #[derive(Debug)]
 pub struct Content {
     pub facts: MasterFacts,
-    board: Option<BoardReader>,
+    board: BoardSource,
     config: ObserveConfig,
     model: Model,
 }
@@ -69,8 +70,8 @@ impl Figures {
 }
 
 impl Content {
-    /// `board` is `None` if there is none that this version can read.
-    pub fn new(facts: MasterFacts, board: Option<BoardReader>, config: ObserveConfig) -> Self {
+    /// Makes pages of these facts and figures.
+    pub fn new(facts: MasterFacts, board: BoardSource, config: ObserveConfig) -> Self {
         Content {
             facts,
             board,
@@ -85,12 +86,6 @@ impl Content {
         let half_ms = interval.as_millis() as u64 / 2;
         self.facts.current_ms = half_ms;
         self.model.interval_ms = half_ms;
-    }
-
-    /// Makes the pages read another board from now on.
-    #[cfg(feature = "top")]
-    pub fn set_board(&mut self, board: Option<BoardReader>) {
-        self.board = board;
     }
 
     /// Notes a request, and says when it can be answered.
@@ -128,8 +123,8 @@ impl Content {
         let facts = self.facts.current(now.ms);
         let accept_queue = facts.map(|facts| queue(&facts.status));
         let processes = self.facts.last().map(|facts| process_counts(facts));
-        self.refresh_board();
-        let board = self.board.as_ref();
+        self.refresh_board(now.ms);
+        let board = self.board.board();
         let reading = Reading {
             methods: board.map(|it| it.methods(false)).unwrap_or_default(),
             accept_queue,
@@ -151,21 +146,19 @@ impl Content {
         }
     }
 
-    fn refresh_board(&mut self) {
-        if let Some(board) = &mut self.board {
-            // Without memory for new blocks, those that are mapped are still read.
-            let _ = board.refresh();
-        }
+    fn refresh_board(&mut self, now_ms: u64) {
+        let current = self.facts.current(now_ms).map(Rc::as_ref);
+        self.board.refresh(current, now_ms);
     }
 
     fn metrics(&mut self, now: Now) -> PageAnswer {
         let begun = Instant::now();
         let facts = self.facts.current(now.ms).cloned();
         let unix = now.unix.as_secs_f64();
-        self.refresh_board();
+        self.refresh_board(now.ms);
         let facts = facts.as_deref().map(|facts| &facts.status);
         let took = || begun.elapsed();
-        let text = exposition(self.board.as_ref(), facts, &self.config, unix, took);
+        let text = exposition(self.board.board(), facts, &self.config, unix, took);
         PageAnswer::of(CONTENT_TYPE, text)
     }
 
@@ -180,9 +173,9 @@ impl Content {
     /// Returns what the status page and `top` show; `None` before the first answer of the master.
     pub fn figures(&mut self, now: Now) -> Option<Figures> {
         let facts = self.facts.last().cloned()?;
-        self.refresh_board();
+        self.refresh_board(now.ms);
         Some(Figures {
-            members: self.board.as_ref().map(BoardMembers::of),
+            members: self.board.board().map(BoardMembers::of),
             rates: self.model.rates(),
             master_age_ms: now.ms.saturating_sub(facts.at_ms),
             facts,

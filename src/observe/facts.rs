@@ -96,7 +96,6 @@ fn add_workers(families: &mut Families, workers: &[WorkerStatus], now: f64) {
         sum(|it| it.running + it.lost_threads),
     );
     families.add("handler_threads_lost", &[], sum(|it| it.lost_threads));
-    families.add("calls_queued", &[], sum(|it| it.queued));
     let mut slots: BTreeMap<u16, SlotSum> = BTreeMap::new();
     for worker in living() {
         let slot = slots.entry(worker.slot).or_default();

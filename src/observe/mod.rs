@@ -5,6 +5,7 @@
 
 mod answer;
 mod board_figures;
+pub mod board_source;
 mod connection;
 pub mod content;
 pub mod exposition;
@@ -28,6 +29,7 @@ use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 
+use self::board_source::BoardSource;
 use crate::config::ObserveConfig;
 use crate::link::metrics_board::BoardReader;
 use crate::logging;
@@ -69,7 +71,7 @@ fn live(mut init: ObserverInit<'_>) -> Result<(), (&'static str, io::Error)> {
     let facts = facts.map_err(|error| ("use its socket to the master", error))?;
     // If the board has another version, the observer serves without it.
     let board = own.board.and_then(|file| BoardReader::new(file).ok());
-    let content = Content::new(facts, board, config.clone());
+    let content = Content::new(facts, BoardSource::of(board), config.clone());
     let listener = (own.listener, is_unix);
     let mut server = PageServer::new(listener, own.signals, rules(&config, is_unix), content);
     server.serve().map_err(|error| ("serve", error))
@@ -82,7 +84,7 @@ fn live(mut init: ObserverInit<'_>) -> Result<(), (&'static str, io::Error)> {
 pub fn serve(
     (listener, is_unix): (OwnedFd, bool),
     control_socket: PathBuf,
-    board: Option<BoardReader>,
+    board: BoardSource,
     config: &ObserveConfig,
 ) -> io::Result<()> {
     let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT])?;

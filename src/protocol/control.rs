@@ -253,7 +253,7 @@ pub struct WorkerStatus {
     pub connections: u64,
     /// Running calls.
     pub running: u64,
-    /// Calls that wait for a thread.
+    /// Calls of its connections that wait.
     pub queued: u64,
     /// Calls answered since its start, including errors.
     pub calls: u64,

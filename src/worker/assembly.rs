@@ -113,7 +113,7 @@ pub fn build(
     }
     let count = boot.settings.workers.threads;
     let keeps = keeping.as_ref();
-    let running = keeps.map_or(&[][..], |keeping| &keeping.book.running[1..]);
+    let running = keeps.map_or(&[][..], |keeping| &keeping.journal.running[1..]);
     let (registry, place) = (&boot.registry, (slot, running));
     let sessions = boot.isolated.as_ref().map(|isolated| isolated.range.0);
     let threads = Threads::start((count, sessions), pool, place, registry, &waker)
@@ -123,11 +123,15 @@ pub fn build(
     let mut reactor = ManuallyDrop::new(reactor);
     let mut journal = CallJournal::default();
     let mut quarantine = UsedQuarantine::default();
-    if let Some(KeeperSetup { book, buffer }) = keeping {
-        journal = CallJournal::new(book);
+    if let Some(KeeperSetup {
+        journal: shared,
+        buffer,
+    }) = keeping
+    {
+        journal = CallJournal::new(shared);
         quarantine = UsedQuarantine(Some(boot.quarantine.clone()));
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
-        reactor.attach_progress(book.progress, buffer);
+        reactor.attach_progress(shared.progress, buffer);
     }
     let session = sessions.and_then(|all| all.get(boot.slot.session()?));
     let access = AccessLog::new(&boot, session);

@@ -174,8 +174,12 @@ impl CallScheduler {
 
     /// Puts the calls of this turn into their queues, except those whose answers would have no room.
     /// `backlog` returns how many bytes of answers a connection still has to send before the answer of
-    /// such a call.
-    pub fn queue_calls(&mut self, now_ms: u64, backlog: impl Fn(Token, AnswerPosition) -> usize) {
+    /// such a call; `None` if the connection is gone, so that no answer needs room.
+    pub fn queue_calls(
+        &mut self,
+        now_ms: u64,
+        backlog: impl Fn(Token, AnswerPosition) -> Option<usize>,
+    ) {
         if self.unqueued.is_empty() {
             return;
         }
@@ -184,7 +188,8 @@ impl CallScheduler {
             let Some(call) = self.table.get(key).filter(|it| it.to_run.is_some()) else {
                 continue;
             };
-            if !self.fits(call, backlog(call.token, call.reply.place)) {
+            let backlog = backlog(call.token, call.reply.place);
+            if backlog.is_some_and(|backlog| !self.fits(call, backlog)) {
                 let blocked = self.blocked_on_output.entry(call.token).or_default();
                 blocked.push(key);
             } else if let Some(call) = self.table.get_mut(key)

@@ -101,7 +101,7 @@ fn room(
 }
 
 fn queue(calls: &mut CallScheduler) {
-    calls.queue_calls(5, |_, _| 0);
+    calls.queue_calls(5, |_, _| Some(0));
 }
 
 /// Waits for one report of the threads.
@@ -286,11 +286,8 @@ fn calls_of_a_connection_with_a_backlog_wait_and_delay_no_others() {
         (5, u64::MAX / 2),
     );
     let full = |token: Token, _| {
-        if token == Token::for_test(1) {
-            HIGH_WATER
-        } else {
-            0
-        }
+        let is_full = token == Token::for_test(1);
+        Some(if is_full { HIGH_WATER } else { 0 })
     };
     calls.queue_calls(5, full);
     let done = report(&mut threads);
@@ -369,12 +366,16 @@ fn queued_calls_are_held_back_when_their_connection_has_too_many_unsent_answers(
     calls.park(Token::for_test(2));
     assert_eq!(calls.lanes[0].local, 3);
     calls.park(Token::for_test(1));
-    calls.queue_calls(5, |_, _| HIGH_WATER);
+    calls.queue_calls(5, |_, _| Some(HIGH_WATER));
     assert!(calls.lanes[0].local == 0 && calls.are_parked());
     assert_eq!(calls.lanes[0].queue.first(), None);
     calls.unpark(Token::for_test(1));
     queue(&mut calls);
     assert_eq!(calls.lanes[0].queue.first(), Some(keys[0]));
+    // A connection that is gone needs no room for answers.
+    calls.park(Token::for_test(1));
+    calls.queue_calls(5, |_, _| None);
+    assert_eq!(calls.lanes[0].local, 3);
     for key in keys {
         assert!(!calls.give_up(key).unwrap().begun);
     }
@@ -506,7 +507,7 @@ fn a_held_back_call_that_was_evicted_and_given_up_is_not_looked_at_again() {
     };
     add(&mut calls, AnswerPosition::InOrder(1));
     let newest = add(&mut calls, AnswerPosition::InOrder(2));
-    calls.queue_calls(5, |_, _| HIGH_WATER);
+    calls.queue_calls(5, |_, _| Some(HIGH_WATER));
     assert!(calls.are_parked());
     let mut evicted = Vec::new();
     let other = (Source::User(2), Token::for_test(2));
@@ -517,7 +518,7 @@ fn a_held_back_call_that_was_evicted_and_given_up_is_not_looked_at_again() {
     calls.unpark(Token::for_test(1));
     calls.queue_calls(5, |_, place| {
         assert!(matches!(place, AnswerPosition::InOrder(1)), "{place:?}");
-        0
+        Some(0)
     });
     assert!(calls.done(&evicted.remove(0)).is_none());
     assert_eq!(calls.lanes[0].local, 1);

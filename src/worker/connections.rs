@@ -305,15 +305,15 @@ impl EventLoop {
     }
 
     /// Handles a connection that its peer has closed. Calls that expect an answer are cancelled, because no answer
-    /// reaches the peer. Notifications run, including those that are not read yet.
+    /// reaches the peer. Notifications run, including those that are not read yet, and enqueues are sent to the jobs
+    /// process, also if there is none at the moment.
     pub(super) fn on_hang_up(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         connection.peer_gone = true;
         let service = &mut self.service;
-        peer_calls::send_before_end(service, token);
-        let cancelled: Vec<_> = (service.calls.of(token))
+        let cancelled: Vec<_> = peer_calls::cancellable(service, token)
             .filter(|(_, call)| connection.drops_answer(call.reply.shape.form))
             .map(|(key, _)| key)
             .collect();
@@ -332,7 +332,7 @@ impl EventLoop {
         self.close(reactor, token);
     }
 
-    /// Closes a connection. The answers of its calls are dropped.
+    /// Closes a connection. The answers of its calls are dropped. An enqueue that was read is stored all the same.
     pub(super) fn close(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(slot) = self.connections.get_mut(token.index()) else {
             return;
@@ -356,17 +356,17 @@ impl EventLoop {
         let unsent = &mut self.service.unsent;
         unsent.update(owner, &mut connection.counted_unsent, 0);
         self.before_closing(reactor, token);
-        peer_calls::send_before_end(&mut self.service, token);
         self.service.unused.remove(&mut connection);
         (self.service.source_limits).release(connection.source_key);
         reactor.close(token);
         self.service.calls.unpark(token);
         if connection.unanswered > 0 {
-            let calls: Vec<_> = self.service.calls.of(token).map(|(key, _)| key).collect();
+            let calls: Vec<_> = peer_calls::cancellable(&self.service, token)
+                .map(|(key, _)| key)
+                .collect();
             for key in calls {
                 if let Some(ended) = self.service.give_up(key) {
-                    self.service.journal.forget(ended.reply.mark);
-                    turn::count_unanswered(&mut self.service, &ended);
+                    self.end_unanswered(&ended);
                 }
             }
             for mark in connection.marks() {
@@ -437,10 +437,9 @@ impl EventLoop {
                 self.service
                     .answer(connection, &ended, outcome, out.as_deref());
             } else {
-                // Its connection was closed in this loop, at twice limits.unfinished. `close` did not
-                // find the call, because it is no longer in the table.
-                self.service.journal.forget(ended.reply.mark);
-                turn::count_unanswered(&mut self.service, &ended);
+                // It is an enqueue. Or its connection was closed in this loop, at twice limits.unfinished, and `close`
+                // did not find the call, because it is no longer in the table.
+                self.end_unanswered(&ended);
             }
             if done.peek().is_none_or(|(next, _, _)| next.token != token) {
                 self.pump(reactor, token, false);

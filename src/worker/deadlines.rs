@@ -1,8 +1,10 @@
 //! Handles deadlines that have passed: of a frame, a slow reader, an idle peer, a call.
 
 use super::accepting::idle_ms;
+use super::access_log::turn;
 use super::attempts::running as attempts;
 use super::call_errors::too_late;
+use super::call_scheduler::FinishedCall;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::job_calls;
@@ -161,6 +163,12 @@ impl EventLoop {
         }
     }
 
+    /// Ends a call whose connection is gone, so that it gets no answer.
+    pub(super) fn end_unanswered(&mut self, ended: &FinishedCall) {
+        self.service.journal.forget(ended.reply.mark);
+        turn::count_unanswered(&mut self.service, ended);
+    }
+
     /// Answers a waiting or running call with an error.
     pub(super) fn abort_call(
         &mut self,
@@ -182,6 +190,8 @@ impl EventLoop {
             let outcome = (Err(error), None);
             self.service.answer(connection, &ended, outcome, None);
             self.pump(reactor, ended.token, false);
+        } else {
+            self.end_unanswered(&ended);
         }
     }
 }

@@ -423,18 +423,16 @@ impl Driver for EventLoop {
     }
 }
 
-/// Returns how many bytes of answers a connection has to send before the answer at `place`.
+/// Returns how many bytes of answers a connection has to send before the answer at `place`; `None` if it is gone.
 fn backlog(
     connections: &[Option<Connection>],
     reactor: &Reactor,
     token: Token,
     place: AnswerPosition,
-) -> usize {
+) -> Option<usize> {
     let connection = connections.get(token.index()).and_then(Option::as_ref);
-    match connection.filter(|connection| connection.token == token) {
-        Some(connection) => connection.backlog(place, reactor.unsent(token)),
-        None => 0,
-    }
+    let connection = connection.filter(|connection| connection.token == token);
+    connection.map(|connection| connection.backlog(place, reactor.unsent(token)))
 }
 
 /// Returns the connection of a token, if it still exists.

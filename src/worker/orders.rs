@@ -54,11 +54,9 @@ impl EventLoop {
                     Order::EndUpdate(generation, has_succeeded) => {
                         pool_update::end(&mut self.service, generation, has_succeeded);
                     }
-                    // Only a jobs process gets it.
-                    Order::ExecutorEnded(_) => {}
+                    // Only a jobs process gets them.
+                    Order::ExecutorEnded(_) | Order::EndClaims | Order::JobCommand => {}
                     Order::PoolEnded => self.service.forwarding.pools.is_final = true,
-                    // Only a jobs process gets it.
-                    Order::JobCommand => {}
                     Order::SessionLink(link) => {
                         if let Some(fd) = descriptor {
                             self.service.forwarding.add_session(link, fd, reactor);

@@ -12,6 +12,7 @@ use super::attempts::running as attempts;
 use super::call_dispatcher::CallDispatcher;
 use super::call_errors::check_size;
 use super::call_scheduler::FinishedCall;
+use super::call_table::ScheduledCall;
 use super::job_calls;
 use super::peer::{Load, place};
 use super::remote_calls;
@@ -175,22 +176,15 @@ fn offer(service: &mut CallDispatcher, idle: usize, is_repeated: bool) {
     }
 }
 
-/// Sends the enqueues of a connection that ends, because its client may not wait for the answers.
-pub fn send_before_end(service: &mut CallDispatcher, token: Token) {
-    let Some(lane) = service.forwarding.pools.jobs.lane else {
-        return;
-    };
+/// Returns the calls of a connection that are cancelled when it ends: all but enqueues. These are sent when the jobs
+/// process can take them, and again if that exits before its answer.
+pub fn cancellable(
+    service: &CallDispatcher,
+    token: Token,
+) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
     let is_enqueue = |method| service.registry.job_method(method) == Some(JobMethod::Enqueue);
-    let has_unsent = {
-        let mut calls = service.calls.of(token);
-        calls.any(|(_, call)| call.sent_to.is_none() && is_enqueue(call.method))
-    };
-    if has_unsent {
-        let now_ms = service.now_ms;
-        service.calls.queue_calls(now_ms, |_, _| 0);
-        // A call that would miss its deadline is given up with its connection.
-        let _ = send_waiting(service, lane);
-    }
+    let calls = service.calls.of(token);
+    calls.filter(move |(_, call)| !is_enqueue(call.method))
 }
 
 /// Sends the answer to a call of another worker.

@@ -63,7 +63,7 @@ pub fn init_worker_process(
     keep.extend(boot.registry.program_descriptors());
     keep.extend(boot.jobs.iter().map(|jobs| jobs.lock.raw_descriptor()));
     if let Some(isolated) = &boot.isolated {
-        keep.push(isolated.master_life.as_raw_fd());
+        keep.push(isolated.master_pipe.as_raw_fd());
         if !is_session {
             keep.push(isolated.scoreboard.as_raw_fd());
         }

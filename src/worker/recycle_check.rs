@@ -156,7 +156,7 @@ impl EventLoop {
         };
         // Another attempt of the job may begin only when this one has ended.
         log::warn!(
-            "retires: an attempt of a job runs although its timeout was over 10 s ago; it ends with this worker \
+            "retires: an attempt of a job still runs 10 s after its timeout; it ends with this worker \
              method={}",
             self.service.registry.name(call.method)
         );

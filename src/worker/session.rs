@@ -69,7 +69,7 @@ pub fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         .map_err(|error| ("tell that it is ready", error))?;
     event_loop.is_accepting = true;
     warm_up();
-    let came = wait_for_connection(&mut event_loop, &isolated.master_life);
+    let came = wait_for_connection(&mut event_loop, &isolated.master_pipe);
     let Some(new) = came.map_err(|error| ("wait for a connection", error))? else {
         finish(event_loop, reactor);
         return Ok(());
@@ -80,7 +80,7 @@ pub fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     }
     event_loop.service.now_ms = monotonic_ms();
     reactor
-        .watch(MASTER, &*isolated.master_life, Interest::Read)
+        .watch(MASTER, &*isolated.master_pipe, Interest::Read)
         .map_err(|error| ("watch for the master's end", error))?;
     let ends_at_ms = match millis(lifetime) {
         0 => u64::MAX,
@@ -110,14 +110,14 @@ pub fn warm_up() {
 /// If receiving fails.
 fn wait_for_connection(
     event_loop: &mut EventLoop,
-    master_life: &OwnedFd,
+    master_pipe: &OwnedFd,
 ) -> io::Result<Option<NewConnection>> {
     // Most packets are short.
     let buffer = memory::zeroed(LONGEST_PACKET)?;
     loop {
         let mut fds = [
             PollFd::new(event_loop.link.as_fd(), PollFlags::POLLIN),
-            PollFd::new(master_life.as_fd(), PollFlags::POLLIN),
+            PollFd::new(master_pipe.as_fd(), PollFlags::POLLIN),
             PollFd::new(event_loop.signals.as_fd(), PollFlags::POLLIN),
         ];
         // poll(2) can only fail with EINTR or ENOMEM here. In both cases the loop tries again.

@@ -4,10 +4,12 @@ use std::io::Read;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
-use super::{CONFIG, LATER, call, enqueue, error, later, result};
-use crate::support::{Client, Daemon, PATIENCE, assert_within, wait_for};
+use super::{CONFIG, LATER, call, enqueue, error, jobs_process, later, query, result};
+use crate::support::{Client, Daemon, PATIENCE, assert_within, process, wait_for};
 
 const UNKNOWN: &str = "01890000-0000-7000-8000-000000000000";
 
@@ -107,7 +109,7 @@ fn an_array_is_stored_as_a_whole_or_not_at_all() {
             .starts_with("params[1]: ")
     );
     let store = daemon.dir().join("jobs.db");
-    assert_eq!(super::query(&store, "SELECT count(*) FROM job"), 3);
+    assert_eq!(query(&store, "SELECT count(*) FROM job"), 3);
 }
 
 #[test]
@@ -290,7 +292,7 @@ fn bad_input_names_the_member_and_stores_nothing() {
         );
     }
     let store = daemon.dir().join("jobs.db");
-    assert_eq!(super::query(&store, "SELECT count(*) FROM job"), 0);
+    assert_eq!(query(&store, "SELECT count(*) FROM job"), 0);
 }
 
 #[test]
@@ -373,4 +375,34 @@ fn many_waits_occupy_no_thread_and_end_together() {
         }
     }
     assert_within("1000 answers", begun.elapsed(), Duration::from_secs(5));
+}
+
+#[test]
+fn an_enqueue_that_waits_for_the_jobs_process_is_stored_although_its_client_is_gone() {
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[jobs]\nstore = \"sqlite:jobs.db\"\n")
+        .expect_log("ended by SIGKILL")
+        .start();
+    let master = Pid::from_raw(daemon.pid());
+    // A stopped master replaces no process.
+    kill(master, Signal::SIGSTOP).unwrap();
+    let jobs = jobs_process(&daemon);
+    kill(Pid::from_raw(jobs), Signal::SIGKILL).unwrap();
+    wait_for("the jobs process to be dead", PATIENCE, || {
+        process::state(jobs) == Some('Z')
+    });
+    let mut client = daemon.client();
+    client.send_together([
+        json!({"in": "rpc.job.enqueue", "params": later(&json!(1)), "id": 1}),
+        json!({"in": "ping", "id": 2}),
+    ]);
+    assert_eq!(client.recv_json()["id"], 2);
+    client.reset();
+    // The worker handles the reset before this call.
+    result(&mut daemon.client(), "ping", &json!(null));
+    kill(master, Signal::SIGCONT).unwrap();
+    let store = daemon.dir().join("jobs.db");
+    wait_for("the job", PATIENCE, || {
+        query(&store, "SELECT count(*) FROM queue") == 1
+    });
 }

@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
-use serde_json::Value;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
-use super::{JOBS, with_jobs};
+use super::{JOBS, enqueue_job, with_jobs};
 use crate::support::{Daemon, PATIENCE, binary, wait_for};
 
 const ID: &str = "018f0000-0000-7000-8000-000000000001";
@@ -19,14 +20,20 @@ fn text(output: &Output) -> String {
         .to_owned()
 }
 
-/// Runs a command over the listener.
-fn call(daemon: &Daemon, words: &[&str]) -> Output {
+/// Returns a command over the listener.
+fn calling(daemon: &Daemon, words: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command.arg("job").args(words).arg("--address");
     command
         .arg(daemon.address().to_string())
         .env_remove("RUST_LOG");
-    command.stdin(Stdio::null()).output().unwrap()
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Runs a command over the listener.
+fn call(daemon: &Daemon, words: &[&str]) -> Output {
+    calling(daemon, words).output().unwrap()
 }
 
 /// Runs a command over the control socket.
@@ -206,8 +213,14 @@ fn an_export_is_imported_by_another_server() {
             .unwrap();
         child.wait_with_output().unwrap()
     };
-    assert_eq!(text(&import(&lines)), "2 jobs were stored, 0 existed");
-    assert_eq!(text(&import(&lines)), "0 jobs were stored, 2 existed");
+    assert_eq!(
+        text(&import(&lines)),
+        "2 jobs were stored, 0 left out (their id or key exists)"
+    );
+    assert_eq!(
+        text(&import(&lines)),
+        "0 jobs were stored, 2 left out (their id or key exists)"
+    );
     assert_eq!(text(&operate(&other, &["export"])), lines, "byte for byte");
     let said = refused(&import("{}\n"), 64);
     assert!(said.contains("line 1: `job` is required"), "{said}");
@@ -247,4 +260,28 @@ fn commands_are_served_while_the_server_drains_attempts_and_by_one_jobs_process_
         daemon.reload();
         assert_eq!(jobs(&daemon, &[])[0]["job"], ID);
     }
+}
+
+#[test]
+fn a_wait_for_a_job_continues_over_a_restart_of_the_server() {
+    let mut daemon = with_jobs("").start();
+    let job = json!({"method": "echo", "params": "late", "delay_ms": 1_500});
+    let id = enqueue_job(&mut daemon.client(), &job);
+    let mut wait = calling(&daemon, &["wait", &id]);
+    let wait = wait
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for("the wait", PATIENCE, || {
+        let status = daemon.status();
+        let workers = status["workers"].as_array().unwrap().iter();
+        workers.filter_map(|it| it["sent"].as_u64()).sum::<u64>() == 1
+    });
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_exit();
+    let daemon = daemon.start_again();
+    let output = wait.wait_with_output().unwrap();
+    assert_eq!(text(&output), "\"late\"");
+    drop(daemon);
 }

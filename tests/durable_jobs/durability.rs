@@ -11,7 +11,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::{CONFIG, call, enqueue, jobs_process, kill_all, later, query, result, send_kills};
+use super::{
+    CONFIG, call, enqueue, error, jobs_process, kill_all, later, query, result, send_kills,
+};
 use crate::support::{Daemon, PATIENCE, SetOnDrop, assert_within, process, wait_for};
 
 /// What clients were answered while something happened to the server.
@@ -137,6 +139,12 @@ fn acknowledged_jobs_survive_a_kill_of_all_processes_under_load() {
         });
         kill_all(&mut daemon);
         daemon = daemon.start_again();
+        // A thread of the killed server may still have the lock.
+        let mut client = daemon.client();
+        wait_for("the store", PATIENCE, || {
+            let unknown = json!({"job": "01890000-0000-7000-8000-000000000000"});
+            error(&mut client, "rpc.job.get", &unknown)["name"] == "no-such-job"
+        });
         assert_stored(&daemon, &answers);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use hmac_sha256::HMAC;
 use serde_json::json;
 
-use super::{CONFIG, enqueue, error, later, result};
+use super::{CONFIG, enqueue, enqueue_job, error, later, result, wait_job};
 use crate::support::{Daemon, assert_within};
 
 #[test]
@@ -75,4 +75,19 @@ fn the_ids_of_an_array_do_not_follow_from_each_other() {
         let random = HMAC::mac(number.to_be_bytes(), bytes(0));
         assert_ne!(random[3..10], bytes(1)[9..], "{stored}");
     }
+}
+
+#[test]
+fn a_waiting_job_ends_when_its_expiry_is_over() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    assert!(daemon.command(&["job", "pause", "ping"]).status.success());
+    let mut client = daemon.client();
+    let begun = Instant::now();
+    let job = enqueue_job(&mut client, &json!({"method": "ping", "expires_ms": 1_500}));
+    let record = wait_job(&mut client, &job);
+    assert_eq!(record["state"], "dead", "{record}");
+    assert_eq!(record["reason"], "expired", "{record}");
+    let took = begun.elapsed();
+    assert!(took > Duration::from_millis(1_400), "{took:?}");
+    assert_within("the end of the job", took, Duration::from_secs(5));
 }

@@ -15,6 +15,7 @@ mod faults;
 mod isolated;
 mod kill_points;
 mod kills;
+mod leaving;
 mod limits;
 mod power_loss;
 mod recording;

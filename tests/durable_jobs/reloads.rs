@@ -1,7 +1,7 @@
 //! Reloads and upgrades under a load of jobs: no acknowledged job is lost, no attempt is counted twice, and no client
 //! waits long for an acknowledgement.
 //!
-//! PREFORKD_JOB_RELOADS and PREFORKD_JOB_UPGRADES set their numbers. The upgrades go to PREFORKD_JOBS_BASELINE, an older
+//! PREFORKD_JOB_RELOADS and PREFORKD_JOB_UPGRADES set how often these are done. The upgrades go to PREFORKD_JOBS_BASELINE, an older
 //! version, and back; without it, each goes to a new copy of the binary under test. `tests/jobs --reloads N` runs it.
 
 use std::path::PathBuf;
@@ -104,7 +104,7 @@ fn enqueue_until(daemon: &Daemon, is_over: &AtomicBool, next: &AtomicU64) -> See
     seen
 }
 
-/// Acts `times` while clients enqueue. Prints how long they waited, and returns their jobs and the longest gap.
+/// Calls `act` as often as `times` says while clients enqueue. Prints how long they waited, and returns their jobs and the longest gap.
 fn act_under_load(
     daemon: &Daemon,
     next: &AtomicU64,
@@ -175,7 +175,7 @@ fn reloads_and_upgrades_lose_no_job_and_count_no_attempt() {
         "{} jobs done in their first attempt; attempts were interrupted {interrupted} times",
         jobs.len()
     );
-    assert!(interrupted > 0, "nothing has interrupted the long jobs");
+    assert!(interrupted > 0, "no attempt was interrupted");
     wait_for("one jobs process", PATIENCE, || {
         jobs_processes(&daemon).len() == 1
     });

@@ -144,12 +144,6 @@ fn an_acceptor_that_died_too_often_is_in_the_status() {
     let row = row.unwrap();
     assert_eq!(row["address"], daemon.address().to_string(), "{row}");
     assert!(row["throttle"]["failures"].as_u64() > Some(0), "{row}");
-    let page = daemon.command(&["status"]);
-    let page = String::from_utf8_lossy(&page.stdout).into_owned();
-    assert!(
-        page.contains("throttled") || page.contains("ready"),
-        "{page}"
-    );
     ping(&mut client);
 }
 
@@ -186,7 +180,7 @@ fn the_crash_of_a_session_from_before_an_upgrade_is_recorded() {
     });
     assert_eq!(found[0]["kind"], "connection", "{found}");
     assert_eq!(found[0]["signal"], "SIGKILL", "{found}");
-    // Before, it may take the end of this daemon for that of the master.
+    // If the daemon stopped before this, the old acceptor could treat that as a death of the master, and log an error.
     wait_for("the end of the old acceptor", PATIENCE, || {
         !process::runs(old)
     });

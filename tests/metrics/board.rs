@@ -210,7 +210,7 @@ fn the_totals_of_a_board_of_an_unknown_version_stay_after_an_upgrade() {
                   [methods.sleep]\nbuiltin = \"sleep\"\n";
     let daemon = installed
         .daemon(config)
-        .expect_log("has an unknown version: it is replaced, and its totals are added")
+        .expect_log("has another format: a new board takes over its totals")
         .start();
     let mut client = daemon.client();
     for (method, params) in [

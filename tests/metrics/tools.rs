@@ -1,4 +1,4 @@
-//! Lets the tools of others read what is exported and shipped: promtool, a second parser, and the generator of
+//! Checks the exported metrics and the shipped files with third-party tools: promtool, a second parser, and the generator of
 //! the Grafana dashboard.
 //!
 //! `tests/run` unpacks Debian's package `prometheus` and makes a virtual environment. Without them a test says that
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::text;
 use crate::support::{Daemon, Dir, source};
 
-/// A server with each kind of metric: a pool, an isolated listener, run times.
+/// A server with a pool and run times.
 const CONFIG: &str = "[workers]\ncount = 2\n[observe]\nhistograms = [\"duration\", \"queue\", \"run\"]\n\
     [methods.sleep]\nbuiltin = \"sleep\"\n[methods.fails]\ncommand = [\"/bin/false\"]\n\
     [pools.cat]\ncommand = [\"/bin/sleep\", \"1000\"]\nprocesses = 1\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n";

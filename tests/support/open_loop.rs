@@ -38,7 +38,7 @@ pub struct Outcome {
     pub late: u64,
     /// Errors, by name and `started`.
     pub errors: BTreeMap<String, u64>,
-    /// The time from the first call to the last one.
+    /// The requested duration of the load.
     pub length: Duration,
 }
 

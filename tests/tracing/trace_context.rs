@@ -14,7 +14,7 @@ const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
 
-/// Methods that answer with the context that they got: a command, and pool programs of both kinds.
+/// Methods that answer with the context that they got: a command, and pool programs that use the Python helper, and one that does not.
 const METHODS: &str = r#"
 [methods.command]
 command = ["sh", "-c", "printf '[\"%s\", \"%s\", \"%s\"]' \"$PREFORKD_CALL\" \"$TRACEPARENT\" \"$TRACESTATE\""]
@@ -257,7 +257,7 @@ fn pool_programs_get_members_and_the_helper_gives_children() {
         assert_continues(children[1], &parent);
         assert_ne!(children[0], children[1]);
     }
-    // Calls at once do not see the context of each other.
+    // Concurrent calls do not see each other's context.
     let calls = (0..4).map(|id| {
         let parent = format!("00-{:032x}-00f067aa0ba902b7-01", id + 1);
         json!({"in": "waits", "id": id, "traceparent": parent})
@@ -405,7 +405,7 @@ fn without_the_table_nothing_is_read_passed_or_named() {
 }
 
 #[test]
-fn a_reload_turns_it_on_and_off() {
+fn a_reload_turns_tracing_on_and_off() {
     let daemon = daemon("");
     let config = format!("[workers]\ncount = 1\n{METHODS}");
     let parent = |daemon: &Daemon| {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 const SECOND: u128 = 1_000_000_000;
 
-/// The calls of one thread.
+/// The schedule of one thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Interval {
     /// The calls of all threads per second.
@@ -53,7 +53,7 @@ mod tests {
         let due = [interval(0).due(0), interval(1).due(0), interval(0).due(1)];
         assert_eq!(due, [0, 333_333_333, 666_666_666]);
         assert_eq!(interval(1).due(1), 1_000_000_000);
-        // After a day it is still a third of a second.
+        // After a day the calls have not drifted.
         assert_eq!(interval(0).due(86_400 * 3 / 2), 86_400 * 1_000_000_000);
         assert_eq!(interval(0).due(u64::MAX), u64::MAX);
     }

@@ -126,7 +126,7 @@ impl BenchReport<'_> {
             None => "closed loop".into(),
         };
         let mut text = format!(
-            "{} at {} ({}): {}, {} ahead on each, {pace}\n\n",
+            "{} at {} ({}): {}, depth {}, {pace}\n\n",
             options.method,
             self.address,
             options.dialect.name(),

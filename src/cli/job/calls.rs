@@ -1,8 +1,9 @@
 //! Enqueues a job, waits for its end and cancels jobs: calls over a listener.
 //!
-//! A wait continues on a new connection if the old one ends, because it changes nothing. A job that is dead or
-//! cancelled is [`Error::Refused`].
+//! A wait continues on a new connection if the old one ends or the server restarts, because it changes nothing. A job
+//! that is dead or cancelled is [`Error::Refused`].
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::value::RawValue;
@@ -10,18 +11,21 @@ use serde_json::value::RawValue;
 use super::options::EnqueueArgs;
 use crate::cli::call::{params_of, refusal};
 use crate::cli::target::TargetArgs;
+use crate::client::retry::Retry;
 use crate::client::{Client, ClientError, EnqueueOptions, new_job_id};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
-use crate::protocol::code::Code;
 
 /// The longest wait for an answer to a call that does not wait for a job.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// A wait that ends earlier than this counts as failed. This many failures in a row are an error. Otherwise
-/// a server that closes each connection would be called without end.
+/// How long a wait is repeated if the server does not answer. A restart of the server ends earlier.
+const RETRY: Retry = Retry {
+    patience: Duration::from_secs(30),
+};
+/// A wait that ends earlier than this counts as failed. Otherwise a server that closes each connection would be called
+/// without end.
 const SHORT_WAIT: Duration = Duration::from_secs(1);
-const MOST_SHORT_WAITS: u32 = 3;
 
 /// Stores a job. Returns its id, or with `--wait` its result.
 pub(crate) fn enqueue(args: &EnqueueArgs, overrides: &Overrides) -> Result<String> {
@@ -46,9 +50,8 @@ pub(crate) fn enqueue(args: &EnqueueArgs, overrides: &Overrides) -> Result<Strin
     let mut client = Client::connect(&address, Some(ANSWER_LIMIT))?;
     let stored = client.enqueue_with(&args.method, params, &options);
     let job = stored.map_err(|error| unclear(&args.method, &id, error))?;
-    drop(client);
     match args.wait {
-        true => wait_at(&address, job.id()),
+        true => wait_over(client, &address, job.id()),
         false => Ok(job.id().to_owned()),
     }
 }
@@ -69,37 +72,49 @@ fn unclear(method: &str, id: &str, error: ClientError) -> Error {
 
 /// Waits until a job has ended. Returns its result.
 pub(crate) fn wait(job: &str, target: &TargetArgs, overrides: &Overrides) -> Result<String> {
-    wait_at(&target.address(overrides)?, job)
+    let address = target.address(overrides)?;
+    wait_over(Client::connect(&address, None)?, &address, job)
 }
 
-fn wait_at(address: &str, job: &str) -> Result<String> {
-    let mut short = 0;
+/// Waits over `client`, and over new connections to `address` if that is lost.
+fn wait_over(client: Client, address: &str, job: &str) -> Result<String> {
+    let mut client = Some(client);
+    let (mut failures, mut first_failure) = (0, Instant::now());
     loop {
         let begun = Instant::now();
-        let mut client = Client::connect(address, None)?;
-        let error = match client.wait_job::<Box<RawValue>>(job) {
+        let connected = client.take();
+        let connected = connected.map_or_else(|| Client::connect(address, None), Ok);
+        let has_connected = connected.is_ok();
+        let waited = connected.and_then(|mut client| client.wait_job::<Box<RawValue>>(job));
+        let error = match waited {
             Ok(result) => return Ok(result.get().to_owned()),
             Err(error) => error,
         };
-        short = if begun.elapsed() < SHORT_WAIT {
-            short + 1
-        } else {
-            0
-        };
-        if !has_lost_connection(&error) || short == MOST_SHORT_WAITS {
-            return Err(failed("job wait", error));
+        // A server that has no jobs process answers late, so only a lost connection shows that it had worked.
+        let has_worked = has_connected && !matches!(error, ClientError::Refused(_));
+        if failures == 0 || has_worked && begun.elapsed() >= SHORT_WAIT {
+            (failures, first_failure) = (0, Instant::now());
+        }
+        failures += 1;
+        match RETRY.after_repeatable(&error, failures, first_failure.elapsed()) {
+            // Something else than preforkd may be there.
+            _ if matches!(error, ClientError::Protocol(_)) => return Err(failed_wait(job, error)),
+            Some(delay) => thread::park_timeout(delay),
+            None => return Err(failed_wait(job, error)),
         }
     }
 }
 
-/// Returns whether the wait can continue on another connection.
-fn has_lost_connection(error: &ClientError) -> bool {
+/// Returns the error of a wait. If another wait may succeed, says how to continue.
+fn failed_wait(job: &str, error: ClientError) -> Error {
+    let hint = format!("\nthe job may still run; to wait for it again, use job wait {job}");
+    let may_succeed = RETRY.after_repeatable(&error, 1, Duration::ZERO).is_some();
     match error {
-        ClientError::NotSent(_) | ClientError::Gone(_) | ClientError::Closed => true,
-        ClientError::Refused(error) => {
-            matches!(error.table_code(), Some(Code::Stopping | Code::Crashed))
+        ClientError::Refused(error) if may_succeed => {
+            Error::Refused(refusal("job wait", &error) + &hint)
         }
-        _ => false,
+        ClientError::Job(_) | ClientError::Refused(_) => failed("job wait", error),
+        error => Error::Protocol(error.to_string() + &hint),
     }
 }
 
@@ -134,6 +149,7 @@ fn failed(what: &str, error: ClientError) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::code::Code;
     use crate::protocol::rpc_error::RpcError;
     use std::io;
 

@@ -61,7 +61,7 @@ fn report(jobs: &JobsConfig) -> Result<String> {
             return Err(OpenError::new(
                 path,
                 format!("there is no store, although the server with pid {pid} uses this path"),
-                "if the file was moved or deleted, stop the server and put the file back; a server that starts creates it",
+                "if the file was moved or deleted, stop the server and put the file back; if the server is starting, run this again when it has created the file",
             )
             .into());
         }

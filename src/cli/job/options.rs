@@ -106,7 +106,7 @@ pub struct EnqueueArgs {
     /// The id of the job, a UUID: the same enqueue can be sent again [default: a new one]
     #[arg(long, value_name = "ID", value_parser = job_id)]
     pub id: Option<String>,
-    /// While a live job of the method has this key, print its id and store nothing
+    /// If a job of the method with this key has not ended, print its id and store nothing
     #[arg(long, value_name = "KEY")]
     pub key: Option<String>,
     /// When the job is due, in UTC, such as 2026-12-01T08:00:00Z [default: now]

@@ -1,7 +1,7 @@
 //! Gets the figures of a running server for `top`: asks its master without waiting, and reads its metrics board.
 //!
 //! The figures come from the code of the status page. If the master does not answer within 1 s, the figures that only
-//! the master knows stay as they were, and their age is shown. After an upgrade the board is asked for again.
+//! the master knows stay as they were, and their age is shown.
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -24,8 +24,6 @@ pub(super) struct Feed {
     content: Content,
     /// Whether an answer is wanted that has not come.
     is_waiting: bool,
-    /// Pid and version of the master that has sent the board.
-    sender: (i32, String),
 }
 
 pub(super) fn now() -> Now {
@@ -43,19 +41,18 @@ impl Feed {
     ) -> Result<(Self, Option<String>)> {
         let control_socket = control::locate(&place)?;
         let Observed { answered, board } = metrics::observe(&place)?;
-        let master = answered.status.master;
         let (board, warning) = match board {
             Ok(board) => (Some(board), None),
             Err(warning) => (None, Some(warning)),
         };
         let facts = MasterFacts::at(control_socket);
+        let board = metrics::board_source(place.clone(), &answered.status.master, board);
         let mut content = Content::new(facts, board, ObserveConfig::default());
         content.set_interval(interval);
         let feed = Feed {
             place,
             content,
             is_waiting: false,
-            sender: (master.pid, master.version),
         };
         Ok((feed, warning))
     }
@@ -91,26 +88,9 @@ impl Feed {
             Readiness::Until(_) => None,
             Readiness::Now => {
                 self.is_waiting = false;
-                self.follow_upgrade();
                 self.content.record(now);
                 self.content.figures(now)
             }
-        }
-    }
-
-    /// Asks for the metrics board again if the version or the pid of the master has changed, because the board may be
-    /// another one.
-    fn follow_upgrade(&mut self) {
-        let Some(facts) = self.content.facts.last() else {
-            return;
-        };
-        let master = &facts.status.master;
-        let sender = (master.pid, master.version.clone());
-        if sender != self.sender
-            && let Ok(observed) = metrics::observe(&self.place)
-        {
-            self.content.set_board(observed.board.ok());
-            self.sender = sender;
         }
     }
 

@@ -17,7 +17,7 @@ const LONGEST_FILTER: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Mode {
     Browse,
-    /// The filter is typed; Esc brings the one before back.
+    /// The user types the filter. Esc restores the previous one.
     Filter {
         before: String,
     },

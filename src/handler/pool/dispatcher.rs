@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 
-use super::entry::{Entry, Recall, Why};
+use super::entry::{EndCause, Entry, Recall};
 use super::program_connection::{Line, ProgramConnection};
 use super::wire::LEFT;
 use crate::handler::call_state::HandlerCall;
@@ -28,7 +28,7 @@ pub(super) enum SupervisorOrder {
     /// Take back the program, which has no call.
     Back(Box<ProgramConnection>),
     /// End the program and handle its calls.
-    End(Box<ProgramConnection>, Why),
+    End(Box<ProgramConnection>, EndCause),
     /// Continue: the program was not given back, because it has calls.
     Kept,
     /// Start the sleeping program, because it is needed.
@@ -276,10 +276,10 @@ impl Dispatcher {
         };
         // Everything that the program has sent before its end counts.
         let why = match connection.take_answers(&mut self.line) {
-            Err(problem) => Why::Broken(problem),
-            Ok(()) if connection.is_at_end() => Why::Died,
+            Err(problem) => EndCause::Broken(problem),
+            Ok(()) if connection.is_at_end() => EndCause::Died,
             // The next call, which was written before this answer, may have been abandoned meanwhile.
-            Ok(()) if connection.is_abandoned_too_long(&self.line) => Why::GivenUp,
+            Ok(()) if connection.is_abandoned_too_long(&self.line) => EndCause::GivenUp,
             Ok(()) => {
                 if connection.take_recycle_due() {
                     self.supervisors[number].waker.wake();
@@ -313,14 +313,14 @@ impl Dispatcher {
         for number in 0..self.places.len() {
             if let Place::Taken(connection) = &self.places[number] {
                 match connection.abandoned_until(&self.line) {
-                    Some(at) if at <= monotonic_ms() => self.end(number, Why::GivenUp),
+                    Some(at) if at <= monotonic_ms() => self.end(number, EndCause::GivenUp),
                     at => self.next_overdue = self.next_overdue.into_iter().chain(at).min(),
                 }
             }
         }
     }
 
-    fn end(&mut self, number: usize, why: Why) {
+    fn end(&mut self, number: usize, why: EndCause) {
         self.empty(number, |connection| SupervisorOrder::End(connection, why));
         // Calls that waited for this program need another one.
         self.serve();
@@ -436,7 +436,7 @@ impl Dispatcher {
             |place: &Place| matches!(place, Place::Taken(connection) if connection.count() > 0);
         for number in 0..self.places.len() {
             if runs(&self.places[number]) {
-                self.end(number, Why::Leaving);
+                self.end(number, EndCause::Leaving);
             } else {
                 self.empty(number, SupervisorOrder::Back);
             }

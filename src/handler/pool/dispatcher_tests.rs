@@ -6,7 +6,7 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use super::*;
 use crate::handler::builtin::Echo;
 use crate::handler::call_state::CallKey;
-use crate::handler::pool::entry::{ServingProgram, Tally};
+use crate::handler::pool::entry::{ProgramCalls, ServingProgram};
 use crate::handler::pool::wire::{PIECE, Wire};
 use crate::handler::registry::{Method, Registry};
 use crate::sys::process::Pid;
@@ -110,8 +110,12 @@ impl World {
         let (ours, theirs) = stream_pair().unwrap();
         self.programs[number] = Some(theirs);
         let wire = (Wire::new(ours), false);
-        let connection =
-            ProgramConnection::new(wire, self.concurrency, Arc::new(Tally::of(PROGRAM)), 0);
+        let connection = ProgramConnection::new(
+            wire,
+            self.concurrency,
+            Arc::new(ProgramCalls::of(PROGRAM)),
+            0,
+        );
         self.receive(number, SupervisorEvent::Ready(Box::new(connection)));
         self.dispatcher.settle(|_, _| Ok(()));
     }
@@ -277,7 +281,7 @@ fn what_is_given_up_ends_its_program_also_when_it_was_written_ahead() {
     assert_eq!(world.done(), [(1, true)]);
     assert!(matches!(
         world.orders(0)[..],
-        [SupervisorOrder::End(_, Why::GivenUp)]
+        [SupervisorOrder::End(_, EndCause::GivenUp)]
     ));
 }
 
@@ -298,7 +302,7 @@ fn an_abandoned_call_may_be_finished_within_the_timeout_of_its_method() {
     std::thread::sleep(Duration::from_millis(60));
     assert!(matches!(
         world.orders(0)[..],
-        [SupervisorOrder::End(_, Why::GivenUp)]
+        [SupervisorOrder::End(_, EndCause::GivenUp)]
     ));
 }
 
@@ -312,7 +316,7 @@ fn what_can_be_no_answer_ends_its_program_with_the_reason() {
         assert_eq!(world.done(), []);
         let orders = world.orders(0);
         assert!(
-            matches!(&orders[..], [SupervisorOrder::End(connection, Why::Broken(_))] if connection.running.is_some()),
+            matches!(&orders[..], [SupervisorOrder::End(connection, EndCause::Broken(_))] if connection.running.is_some()),
             "{orders:?}"
         );
     }
@@ -330,7 +334,7 @@ fn a_program_that_has_ended_gets_nothing_more_whoever_holds_its_wire() {
     assert_eq!(world.done(), [(1, true)], "what it has said counts");
     assert!(matches!(
         world.orders(0)[..],
-        [SupervisorOrder::End(_, Why::Died)]
+        [SupervisorOrder::End(_, EndCause::Died)]
     ));
     assert!(!world.reads(0));
     world.receive(0, SupervisorEvent::Again(call(3)));
@@ -349,7 +353,7 @@ fn calls_are_refused_only_while_every_program_is_down() {
         world.dispatcher.attend(number, &mut [0; 10]);
         assert!(matches!(
             world.orders(number)[..],
-            [SupervisorOrder::End(_, Why::Died)]
+            [SupervisorOrder::End(_, EndCause::Died)]
         ));
     }
     world.receive(0, down("so it was", 5));
@@ -445,7 +449,7 @@ fn a_program_that_keeps_a_cancelled_call_is_ended_without_the_others() {
     world.answers(0, 2);
     assert!(matches!(
         world.orders(0)[..],
-        [SupervisorOrder::End(_, Why::GivenUp)]
+        [SupervisorOrder::End(_, EndCause::GivenUp)]
     ));
 }
 
@@ -460,7 +464,7 @@ fn a_wrong_id_ends_a_program_and_a_bad_answer_costs_its_call_only() {
     assert!(world.orders(0).is_empty());
     world.answers(0, 1);
     let orders = world.orders(0);
-    let [SupervisorOrder::End(connection, Why::Broken(problem))] = &orders[..] else {
+    let [SupervisorOrder::End(connection, EndCause::Broken(problem))] = &orders[..] else {
         panic!("{orders:?}");
     };
     assert!(

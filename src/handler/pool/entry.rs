@@ -1,7 +1,8 @@
 //! Defines a call of a pool program, and its result. Also defines what a supervisor knows about the calls of its
 //! program, and why a program is ended.
 
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::config::StackSignal;
@@ -9,17 +10,18 @@ use crate::handler::call_state::{Done, HandlerCall};
 use crate::logging::LoggedCall;
 use crate::protocol::call_id::CallRunner;
 use crate::protocol::rpc_error::RpcError;
+use crate::sys::lock::lock;
 use crate::sys::process::{Pid, monotonic};
 use crate::throttle::Millis;
 
 /// Why a program that served must be ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Why {
+pub(super) enum EndCause {
     /// The program has died, or has closed its descriptor 3. Both are handled in the same way.
     Died,
     /// It has sent something that is not a valid answer.
     Broken(String),
-    /// No caller waits for its calls any more, and their time is over.
+    /// All its calls were given up, and their time limits have passed.
     GivenUp,
     /// The process exits.
     Leaving,
@@ -46,23 +48,24 @@ pub struct ServingProgram {
 
 /// What the supervisor of a program knows about the program's calls.
 #[derive(Debug)]
-pub(super) struct Tally {
+pub(super) struct ProgramCalls {
     pub program: ServingProgram,
     calls: AtomicU64,
     answered_at: AtomicU64,
-    /// The call that it runs, as log lines name it: the pid and the number, which is 0 if they name none.
-    home: AtomicI32,
-    number: AtomicU64,
+    /// The call that the program runs, as log lines name it; `None` if they name none.
+    call: Mutex<Option<LoggedCall>>,
+    /// Whether `call` is set, so that programs without such calls take no lock.
+    has_call: AtomicBool,
 }
 
-impl Tally {
+impl ProgramCalls {
     pub fn of(program: ServingProgram) -> Self {
-        Tally {
+        ProgramCalls {
             program,
             calls: AtomicU64::new(0),
             answered_at: AtomicU64::new(0),
-            home: AtomicI32::new(0),
-            number: AtomicU64::new(0),
+            call: Mutex::new(None),
+            has_call: AtomicBool::new(false),
         }
     }
 
@@ -79,7 +82,7 @@ impl Tally {
     }
 
     /// Records the call that it runs from now on.
-    pub fn runs(&self, entry: Option<&Entry>) {
+    pub fn set_running(&self, entry: Option<&Entry>) {
         let is_asked = self.program.stack_signal.is_some();
         let call = entry.and_then(|entry| {
             let identity = entry.call.state.identity();
@@ -87,20 +90,16 @@ impl Tally {
             let id = is_asked.then(|| identity.id());
             identity.logged().or(id.map(|id| (id.pid, id.number)))
         });
-        let (home, number) = call.unwrap_or_default();
-        if number != 0 || self.number.load(Ordering::Relaxed) != 0 {
-            self.home.store(home, Ordering::Relaxed);
-            self.number.store(number, Ordering::Relaxed);
+        // Only the event loop sets it, so it sees its own last value.
+        if call.is_some() || self.has_call.load(Ordering::Relaxed) {
+            *lock(&self.call) = call;
+            self.has_call.store(call.is_some(), Ordering::Relaxed);
         }
     }
 
     /// Returns the call that its output belongs to.
     pub fn call(&self) -> Option<LoggedCall> {
-        let (home, number) = (
-            self.home.load(Ordering::Relaxed),
-            self.number.load(Ordering::Relaxed),
-        );
-        (number != 0).then_some((home, number))
+        *lock(&self.call)
     }
 }
 
@@ -129,7 +128,7 @@ impl Entry {
         }
     }
 
-    /// Returns its result. `None` means that it was given up before it began.
+    /// Returns the result of the call. `outcome` is `None` if the call was given up before it began.
     pub fn done(self, outcome: Option<Result<Vec<u8>, RpcError>>, out: Option<Box<str>>) -> Done {
         let took = self.begun.map(|begun| monotonic().saturating_sub(begun));
         self.call.state.set_ended();

@@ -18,7 +18,7 @@ use nix::unistd::{pipe2, read};
 
 use super::boot::Boot;
 use super::definition::Pool;
-use super::entry::Tally;
+use super::entry::ProgramCalls;
 use super::lines::{Lines, with_priority};
 use super::wire::{LEFT, PIECE, Wire};
 use crate::handler::command::sweep::RunningCommand;
@@ -64,7 +64,7 @@ pub(super) struct Process {
     /// The prefix of its lines in the log.
     tag: String,
     /// The calls to which its lines belong, once it serves.
-    pub calls: Option<Arc<Tally>>,
+    pub calls: Option<Arc<ProgramCalls>>,
     /// How many processes the kernel had killed for lack of memory when it was started; `None` if that does not matter.
     pub oom_kills: Option<u64>,
     /// Whether it has ended and waits to be reaped.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::definition::Pool;
-use super::entry::{Entry, ServingProgram, Tally};
+use super::entry::{Entry, ProgramCalls, ServingProgram};
 use super::life::millis;
 use super::parallel::{OpenCall, ParallelCalls};
 use super::wire::Wire;
@@ -93,7 +93,7 @@ pub(super) struct ProgramConnection {
     pub parallel: Option<ParallelCalls>,
     /// Whether it has sent a message. After that, a ready message is an error.
     has_spoken: bool,
-    tally: Arc<Tally>,
+    tally: Arc<ProgramCalls>,
     /// After this many answered calls the supervisor is informed, once; 0 means never.
     enough: u64,
     /// The supervisor wants the wire back, so the program gets no further call.
@@ -108,7 +108,7 @@ impl ProgramConnection {
     pub fn new(
         (wire, has_spoken): (Wire, bool),
         concurrency: usize,
-        tally: Arc<Tally>,
+        tally: Arc<ProgramCalls>,
         enough: u64,
     ) -> Self {
         ProgramConnection {
@@ -232,7 +232,7 @@ impl ProgramConnection {
             }
             None => {
                 self.running = begun;
-                self.tally.runs(self.running.as_ref());
+                self.tally.set_running(self.running.as_ref());
             }
         }
         true
@@ -356,7 +356,7 @@ impl ProgramConnection {
             let done = self.running.take();
             let answered = done.map(|entry| entry.done(Some(outcome), out));
             self.running = self.next.take();
-            self.tally.runs(self.running.as_ref());
+            self.tally.set_running(self.running.as_ref());
             self.tally.answered(monotonic_ms());
             // Further bytes can only answer a call that the program has read.
             let twice = self.wire.has_received() && self.wire.has_unread();

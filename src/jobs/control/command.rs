@@ -388,9 +388,11 @@ impl<'a> OperatorCommand<'a> {
                 }
             }
             if is_last {
-                let known = number - stored;
+                let left_out = number - stored;
                 let stored = pluralize(stored, "job was stored", "jobs were stored");
-                return Ok(format!("{stored}, {known} existed"));
+                return Ok(format!(
+                    "{stored}, {left_out} left out (their id or key exists)"
+                ));
             }
         }
     }
@@ -426,8 +428,10 @@ fn reason(why: LeftAlone) -> String {
     match why {
         LeftAlone::NoSuchJob => "it is unknown or was removed".to_owned(),
         LeftAlone::Is(state) => format!("it is {}", state.name()),
-        LeftAlone::KeyInUse => "another live job of its method has its key".to_owned(),
-        LeftAlone::TooMany => "jobs.max-jobs live jobs exist".to_owned(),
+        LeftAlone::KeyInUse => "another job of this method with this key has not ended".to_owned(),
+        LeftAlone::TooMany => {
+            "the number of jobs that have not ended has reached jobs.max-jobs".to_owned()
+        }
     }
 }
 

@@ -230,8 +230,8 @@ fn an_export_is_imported_into_another_store_and_known_jobs_are_left_alone() {
     let lines: String = jobs.iter().map(|job| format!("{job}\n")).collect();
     let target: Arc<dyn ControlStore> = Arc::new(DirectStore(Mutex::new(Fixture::model())));
     for message in [
-        "4 jobs were stored, 0 existed",
-        "0 jobs were stored, 4 existed",
+        "4 jobs were stored, 0 left out (their id or key exists)",
+        "0 jobs were stored, 4 left out (their id or key exists)",
     ] {
         let answer = command(&target, &format!("{{\"job\":\"import\"}}\n{lines}\n"));
         assert_eq!(answer, [json!({"ok": true, "message": message})]);

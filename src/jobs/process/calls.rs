@@ -282,7 +282,7 @@ pub fn enqueued(core: &mut JobsCore, call: CallPlace, reply: EnqueueReply) {
         EnqueueReply::TooMany => refused(
             Code::Overloaded,
             format!(
-                "the store has {} live jobs (jobs.max-jobs); try again later",
+                "the store has {} jobs that have not ended (jobs.max-jobs); try again later",
                 core.config.max_jobs
             ),
         ),

@@ -59,6 +59,8 @@ pub struct JobsCore {
     pub counters: Option<JobFigures>,
     /// Whether the counts of the store are being read.
     pub is_counting: bool,
+    /// Whether the store has changed since the last read of the counts began.
+    pub has_changed: bool,
     /// When the last read of the counts began, and the earliest time of the next one, both in milliseconds
     /// (CLOCK_MONOTONIC).
     pub count_times: (u64, u64),

@@ -30,7 +30,7 @@ use crate::link::scoreboard::{JOBS_LANE, WorkerRecord};
 use crate::logging;
 use crate::sys::event::{Completion, Driver, Reactor};
 use crate::sys::process::monotonic_ms;
-use crate::sys::signal::SignalPipe;
+use crate::sys::signal::{self, SignalPipe};
 use crate::sys::waker::Waker;
 use crate::worker::peer::shown_generation;
 
@@ -255,6 +255,7 @@ impl JobsLoop {
                 Received::Message(message, descriptor) => match (message.body, descriptor) {
                     (Order::Drain(limit), _) => self.drain(limit, false),
                     (Order::Stop(limit), _) => self.drain(limit, true),
+                    (Order::EndClaims, _) => self.parts.core.executors.leave(),
                     (Order::ExecutorEnded(end), _) => {
                         attempts::executor_ended(&mut self.parts.core, end);
                     }
@@ -347,6 +348,12 @@ impl JobsLoop {
 
     /// Ends a process whose master is gone, when no process uses it any more, or after `drain-timeout`.
     fn leave_without_master(&mut self) {
+        // The executors that are left exit soon. At an upgrade, they serve until the new program has a jobs process.
+        if self.master_gone.is_some()
+            && (signal::parent_died_ms().is_some() || self.parts.core.has_other())
+        {
+            self.parts.core.executors.leave();
+        }
         if let Some(since_ms) = self.master_gone
             && self.stage == LoopStage::Serving
         {

@@ -38,6 +38,7 @@ mod lost_executors;
 mod pending;
 mod reader;
 mod replies;
+mod schedule;
 mod status;
 mod store_event;
 mod store_handle;
@@ -131,6 +132,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         looks: 0,
         counters,
         is_counting: false,
+        has_changed: true,
         count_times: (0, 0),
         counts: StoreCounts::default(),
         unserved: BTreeSet::new(),

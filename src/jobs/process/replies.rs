@@ -31,6 +31,7 @@ pub fn handle(core: &mut JobsCore, event: StoreEvent) -> Option<StoreStep> {
             for freed in freed {
                 attempts::freed(core, &freed);
             }
+            core.has_changed = true;
             status::count(core);
             // Calls that waited before have not seen a record yet.
             calls::look(core);
@@ -48,6 +49,7 @@ pub fn handle(core: &mut JobsCore, event: StoreEvent) -> Option<StoreStep> {
         }
         StoreEvent::Closed => return Some(StoreStep::Closed),
         StoreEvent::Committed(took) => {
+            core.has_changed = true;
             if let Some(counters) = &core.counters {
                 counters.committed(took.as_nanos() as u64);
             }
@@ -59,6 +61,7 @@ pub fn handle(core: &mut JobsCore, event: StoreEvent) -> Option<StoreStep> {
         StoreEvent::Failed(ticket, error) => failed(core, &ticket, &error),
         StoreEvent::Read(ticket, read) => was_read(core, &ticket, read),
         StoreEvent::Maintained(maintained) => {
+            core.has_changed |= maintained.removed > 0 || !maintained.expired.is_empty();
             // The clock of the system may have been set.
             attempts::look(core);
             for job in maintained.expired {

@@ -1,6 +1,6 @@
 //! Publishes what `status` and the metrics show of the store: its state, and the counts of each queue.
 //!
-//! The counts are read once per second. If reading them takes long, they are read less often.
+//! The counts are read once per second. If reading them takes long, or nothing changes, they are read less often.
 
 use super::core::JobsCore;
 use super::store_event::{ReadReply, ReadRequest};
@@ -14,6 +14,10 @@ use crate::sys::process::{Pid, unix_time_ms};
 /// Reading the counts may take one part in this number of the time of the reading thread.
 const COUNT_SHARE: u64 = 20;
 
+/// The time between two reads of counts that this process has not changed. An operator may have changed the store.
+/// Milliseconds.
+const UNCHANGED_MS: u64 = 10_000;
+
 /// The largest number of queues without a method that the log names.
 const MOST_UNSERVED: usize = 100;
 
@@ -21,8 +25,15 @@ const MOST_UNSERVED: usize = 100;
 pub fn count(core: &mut JobsCore) {
     // While this process drains, its successor writes the status.
     let is_due = !core.is_counting && core.now_ms >= core.count_times.1;
-    if core.store.opened.is_some() && !core.is_draining && is_due {
+    // Waiting jobs become due and older. Another jobs process changes the store too.
+    let waits = core.counts.queues.iter().any(|queue| queue.waiting > 0);
+    let may_differ = core.has_changed
+        || waits
+        || core.has_other()
+        || core.now_ms >= core.count_times.0 + UNCHANGED_MS;
+    if core.store.opened.is_some() && !core.is_draining && is_due && may_differ {
         core.is_counting = true;
+        core.has_changed = false;
         core.count_times.0 = core.now_ms;
         core.store.read(ReadRequest::Counts, Ticket::Counts);
     }
@@ -33,9 +44,12 @@ pub fn counted(core: &mut JobsCore, read: Result<ReadReply, StoreError>) {
     core.is_counting = false;
     let took_ms = core.now_ms.saturating_sub(core.count_times.0);
     core.count_times.1 = core.now_ms + COUNT_SHARE * took_ms;
-    if let Ok(ReadReply::Counts(counts)) = read {
-        core.counts = counts;
-        log_unserved(core);
+    match read {
+        Ok(ReadReply::Counts(counts)) => {
+            core.counts = counts;
+            log_unserved(core);
+        }
+        _ => core.has_changed = true,
     }
     publish(core);
 }

@@ -4,7 +4,6 @@
 //! away, the requests wait here until it is back, or until the event loop withdraws them. [`super::health`] decides
 //! when the store is tried again.
 
-use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
@@ -16,6 +15,7 @@ use super::health::{StoreHealth, StoreState};
 use super::leftovers::Leftovers;
 use super::pending::PendingRequests;
 use super::reader::ReaderOrder;
+use super::schedule::{MAINTENANCE_MS, WriterSchedule};
 use super::store_event::{OpenedStore, StoreEvent, SubmittedRequest, WriterOrder};
 use super::store_mark::StoreMark;
 use crate::config::JobsConfig;
@@ -27,17 +27,12 @@ use crate::jobs::store::Engine;
 use crate::jobs::store::error::{OpenFault, StoreError, StoreFault};
 use crate::jobs::store::request::{InstanceInfo, StoreReply, StoreRequest};
 use crate::logging::HumanDuration;
-use crate::sys::process::{self, monotonic_ms};
+use crate::sys::process::{self, monotonic_ms, unix_time_ms};
 use crate::sys::random::random_bytes;
 use crate::sys::signal::with_signals_blocked;
 use crate::sys::waker::Waker;
 use crate::worker_init::JobsInstance;
 
-/// The time between two passes of maintenance, in milliseconds.
-const MAINTENANCE_MS: u64 = 10_000;
-/// After a group, the store is left to other processes of the instance for as long as the group took, within these
-/// limits in milliseconds. Otherwise a process with much work would always have the lock.
-const SHARE_MS: RangeInclusive<u64> = 2..=10;
 /// The time between two checks of the processes of an earlier instance, and of the lock while another instance has it.
 const LOOK_MS: u64 = 50;
 
@@ -68,8 +63,7 @@ pub fn start(init: WriterInit) -> std::io::Result<()> {
         stage: Stage::Closed,
         pending: PendingRequests::default(),
         is_closing: false,
-        maintain_at_ms: 0,
-        share_until_ms: 0,
+        schedule: WriterSchedule::default(),
         leftovers: Leftovers::default(),
         init,
     };
@@ -102,9 +96,7 @@ struct Writer {
     stage: Stage,
     pending: PendingRequests,
     is_closing: bool,
-    maintain_at_ms: u64,
-    /// Until then another process may use the store.
-    share_until_ms: u64,
+    schedule: WriterSchedule,
     leftovers: Leftovers,
 }
 
@@ -138,9 +130,8 @@ impl Writer {
         let wait_ms = match &self.stage {
             Stage::Open(_) if !self.health.may_try(now_ms) => self.health.wait_ms(now_ms),
             Stage::Open(_) => {
-                let is_idle = self.pending.is_empty();
-                let at_ms = if is_idle { self.maintain_at_ms } else { 0 };
-                Some(at_ms.max(self.share_until_ms).saturating_sub(now_ms))
+                let at_ms = self.schedule.next_ms(self.pending.is_empty());
+                Some(at_ms.saturating_sub(now_ms))
             }
             Stage::Closed => self.health.wait_ms(now_ms),
             Stage::Joining(..) => Some(LOOK_MS),
@@ -303,7 +294,7 @@ impl Writer {
     /// Executes the next group and maintains the store.
     fn serve(&mut self, mut engine: Box<dyn Engine>) {
         let now_ms = monotonic_ms();
-        let may_try = self.health.may_try(now_ms) && now_ms >= self.share_until_ms;
+        let may_try = self.health.may_try(now_ms) && self.schedule.may_write(now_ms);
         if !may_try && !self.is_closing {
             self.stage = Stage::Open(engine);
             return;
@@ -317,23 +308,24 @@ impl Writer {
                 return self.failed_open(engine, error);
             }
             if (self.init.is_shared)() {
-                let ended_ms = monotonic_ms();
-                let took_ms = ended_ms.saturating_sub(now_ms);
-                self.share_until_ms = ended_ms + took_ms.clamp(*SHARE_MS.start(), *SHARE_MS.end());
+                self.schedule.share(now_ms, monotonic_ms());
             }
         } else if self.is_closing {
             return self.end(Some(engine));
         }
-        if now_ms >= self.maintain_at_ms {
+        if self.schedule.is_maintenance_due(now_ms) {
             match engine.maintain(&self.retention) {
                 Ok(maintained) => {
                     self.came_up();
-                    let delay = u64::from(maintained.is_complete) * MAINTENANCE_MS;
-                    self.maintain_at_ms = now_ms + delay;
+                    self.schedule.maintained(now_ms, maintained.is_complete);
                     self.send(StoreEvent::Maintained(maintained));
                 }
                 Err(error) => return self.failed_open(engine, error),
             }
+        }
+        match engine.next_event_ms(&[]) {
+            Ok(expiry) => (self.schedule).expires(expiry, unix_time_ms(), monotonic_ms()),
+            Err(error) => return self.failed_open(engine, error),
         }
         self.stage = Stage::Open(engine);
     }

@@ -65,7 +65,8 @@ pub enum StoreReply {
     Retried(Selected),
     Purged(Selected),
     Paused,
-    /// The number of jobs that were stored. The others existed.
+    /// The number of jobs that were stored. The others were left out: their id exists, or another live job has their
+    /// method and key.
     Imported(usize),
 }
 

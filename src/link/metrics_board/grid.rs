@@ -1,8 +1,8 @@
 //! Defines the bounds of every histogram: 36 per decade, from 10 µs to 100 s. Pure.
 //!
 //! In each decade the bounds are 1.0, 1.25, 1.5, … 9.75 times its beginning. A value counts in the bucket
-//! of the lowest bound that is not below it. So an exported bound on the grid gives an exact count, and a
-//! quantile is at most 12.5 % wrong.
+//! of the lowest bound that is not below it. So the count up to an exported bound is exact if that
+//! bound is on the grid. A quantile between 10 µs and 100 s is at most 12.5 % wrong.
 
 /// Bounds in one decade.
 const PER_DECADE: u64 = 36;

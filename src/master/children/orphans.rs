@@ -4,9 +4,9 @@
 //! The sweep begins with a worker's death and ends when nothing is adopted any more: the children of a
 //! killed process are adopted when it is reaped. Children that the process had before it became the master (from a
 //! shell that exec'd it) are left alone. As PID 1 the master adopts all orphans of the system, and kills only those
-//! that carry a worker's mark. After an upgrade, marks distinguish leftovers from children that functions of the new
-//! host program started. [`super::mark_reader`] reads marks. Nothing here waits: each death is a signal, and the main
-//! loop calls again.
+//! with the mark of a dead worker (the variable PREFORKD_CALL). After an upgrade, marks distinguish leftovers from children that functions of the new
+//! host program started. [`super::mark_reader`] reads marks. Nothing here waits: each death raises SIGCHLD, and then the main loop
+//! calls this code again.
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
@@ -23,7 +23,7 @@ use crate::sys::process_tree::PidFd;
 use crate::sys::spawn;
 use crate::throttle::limiter::SharedLimiter;
 
-/// If this many readers are late and have not ended, no marks are read.
+/// If this number of late readers has not ended, no reader is started, and the processes are left alone.
 const MOST_LATE: usize = 4;
 /// The time until the next try when no reader could be forked.
 const RETRY: Millis = 1_000;
@@ -106,7 +106,7 @@ impl Orphans {
     }
 
     /// Returns whether a child cannot be a keeper: it was there before the start, or it is a reader.
-    pub fn is_no_keeper(&self, pid: Pid) -> bool {
+    pub fn cannot_be_keeper(&self, pid: Pid) -> bool {
         self.preexisting.contains(&pid) || self.unclear.contains(&pid) || self.is_reader(pid)
     }
 
@@ -173,6 +173,7 @@ impl Orphans {
     ) {
         self.read_marks(now, workers);
         if !self.is_sweep_pending && self.unclear.is_empty() {
+            self.retry_at = None;
             return;
         }
         let is_known = |pid: Pid| {
@@ -188,7 +189,7 @@ impl Orphans {
             let mut all = left.clone();
             all.retain(|pid| !self.unclear.contains(pid));
             kill(&all);
-            // A zombie counts until it is reaped, which calls this again.
+            // A zombie is still in the list. After it was reaped, this function is called again.
             self.is_sweep_pending = !all.is_empty();
         }
         left.retain(|pid| {
@@ -208,8 +209,12 @@ impl Orphans {
 
     /// Starts a reader for these processes, if none is running.
     fn ask(&mut self, mut pids: Vec<Pid>, now: Millis, reader_title: ReaderTitle<'_>) {
+        if pids.is_empty() {
+            self.retry_at = None;
+            return;
+        }
         let is_too_early = self.retry_at.is_some_and(|at| now < at);
-        if pids.is_empty() || self.reader.is_some() || is_too_early {
+        if self.reader.is_some() || is_too_early {
             return;
         }
         self.retry_at = None;

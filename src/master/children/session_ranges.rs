@@ -20,7 +20,7 @@ use crate::link::session_table::{RANGES, SESSIONS, SessionRecord, claimed};
 pub struct SessionRanges {
     table: SessionTable,
     /// Both ends of the pipe whose only writer is the master.
-    life: (Rc<OwnedFd>, OwnedFd),
+    master_pipe: (Rc<OwnedFd>, OwnedFd),
     /// The address and the adoption queue of each listener. The index is the number of its range.
     ranges: Vec<(String, AdoptionQueue)>,
 }
@@ -62,7 +62,7 @@ impl SessionRanges {
         let (reader, writer) = io::pipe()?;
         Ok(SessionRanges {
             table: SessionTable::new()?,
-            life: (Rc::new(reader.into()), writer.into()),
+            master_pipe: (Rc::new(reader.into()), writer.into()),
             ranges: Vec::new(),
         })
     }
@@ -73,8 +73,8 @@ impl SessionRanges {
     }
 
     /// Returns the reading end of the pipe that ends with the master.
-    pub fn master_life(&self) -> Rc<OwnedFd> {
-        Rc::clone(&self.life.0)
+    pub fn master_pipe(&self) -> Rc<OwnedFd> {
+        Rc::clone(&self.master_pipe.0)
     }
 
     /// Returns each range with its records that were ever used.
@@ -150,8 +150,8 @@ impl SessionRanges {
             .map(|(address, queue)| (address.clone(), queue.tx.as_raw_fd(), queue.rx.as_raw_fd()));
         SessionsState {
             table: self.table.file().as_raw_fd(),
-            reader: self.life.0.as_raw_fd(),
-            writer: self.life.1.as_raw_fd(),
+            reader: self.master_pipe.0.as_raw_fd(),
+            writer: self.master_pipe.1.as_raw_fd(),
             ranges: ranges.collect(),
         }
     }
@@ -173,7 +173,7 @@ impl SessionRanges {
         }
         Ok(SessionRanges {
             table,
-            life: (Rc::new(take(state.reader)?), take(state.writer)?),
+            master_pipe: (Rc::new(take(state.reader)?), take(state.writer)?),
             ranges,
         })
     }

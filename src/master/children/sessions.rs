@@ -91,7 +91,7 @@ impl Sessions {
             listen,
             address: listener.bound.clone(),
             range: (range.records, range.first),
-            master_life: shared.master_life(),
+            master_pipe: shared.master_pipe(),
             scoreboard: Rc::new(shared_memory::read_only(scoreboard)?),
             heartbeat_ms: None,
         };

@@ -1,7 +1,7 @@
 //! Keeps what new children log before they are ready, until the start or reload has a result. A failure is
 //! reported with these lines.
 //!
-//! A child is never trusted: the number and length of its lines is limited, and control characters are
+//! A child is never trusted: the number and length of its lines are limited, and control characters are
 //! escaped.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -34,7 +34,8 @@ pub fn channel(is_awaited: bool) -> io::Result<(Option<GuardedSocket>, Option<Ow
 #[derive(Debug, Default)]
 pub struct StartupLog {
     lines: BTreeMap<Pid, (Slot, VecDeque<String>)>,
-    /// The child that ended or was killed last. It is most likely the cause of the failure.
+    /// Of the children that have logged a line, the one that ended or was killed last. It is most likely the cause of the
+    /// failure.
     ended: Option<Pid>,
 }
 
@@ -55,8 +56,8 @@ impl StartupLog {
         }
     }
 
-    /// Takes the lines, each after a newline: those of the child that ended, or of all children if that one logged
-    /// nothing. Returns an empty text if there are none.
+    /// Takes the kept lines, each after a newline. If a child with lines has ended, takes only its lines. Otherwise takes
+    /// those of all children in the order of their pids, up to the limit. Returns an empty text if there are none.
     pub fn take(&mut self) -> String {
         let mut logged = std::mem::take(&mut self.lines);
         if let Some(ended) = self.ended.take() {

@@ -440,8 +440,8 @@ fn import_metrics(
     }
     if has_file {
         log::warn!(
-            "the metrics board of the program before has an unknown version: it is replaced, and its totals \
-             are added; later counts of the old program's processes are lost"
+            "the metrics board of the old program has another format: a new board takes over its totals; \
+             later counts of the old program's processes are lost"
         );
     }
     let mut board = MetricsBoard::new(started_at)?;

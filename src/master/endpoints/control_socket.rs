@@ -158,8 +158,7 @@ impl ControlSocket {
     pub fn renew(&mut self, now: Millis) {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
-        let what =
-            "the control socket was: no command can reach this master; remove it and send SIGHUP";
+        let what = "the control socket was: no command can reach this master; remove that file and send SIGHUP";
         if !self.path.warn_if_replaced(&name, what) {
             return;
         }

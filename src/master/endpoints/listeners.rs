@@ -244,7 +244,8 @@ pub fn open(
 /// makes nothing worse.
 fn renew(has: &Listener, listen: &ListenConfig, options: &SocketOptions<'_>) -> Option<Listener> {
     let address = &has.bound;
-    let what = "this server listens: clients cannot reach this listener; remove it and reload";
+    let what =
+        "this server listens: clients cannot reach this listener; remove that file and reload";
     if !has.path.as_ref()?.warn_if_replaced(address, what) {
         return None;
     }

@@ -93,7 +93,7 @@ impl PidFile {
     pub fn renew(&mut self) {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
-        let what = "the pid file was: commands may not find this master; remove it and reload to restore the pid file";
+        let what = "the pid file was: commands may not find this master; remove that file and reload to restore the pid file";
         if !self.path.warn_if_replaced(&name, what) {
             return;
         }

@@ -29,6 +29,8 @@ pub enum Action {
         /// handed to other workers, or stay until the deadline.
         stop: bool,
     },
+    /// Order a jobs process to claim no further job.
+    EndClaims { pid: Pid },
     /// Do one step of a reload with a pool process that stays.
     Pool {
         pid: Pid,
@@ -42,8 +44,11 @@ pub enum Action {
     /// Send a child a signal. It is no error if the child has exited already.
     Kill {
         pid: Pid,
-        /// QUIT (exit now), TERM (the drain deadline has passed, or the child was never ready), ABRT
-        /// (stuck: dump a core) or KILL.
+        /// - QUIT: exit now.
+        /// - TERM: retire, because its keeper has died; exit, because the drain deadline has passed; or exit before
+        ///   it was ready.
+        /// - ABRT: it is stuck, dump a core.
+        /// - KILL: it was not ready in time, or an earlier signal had no effect.
         signal: Signal,
     },
     /// Send SIGKILL to the keeper of a dead worker.
@@ -51,7 +56,7 @@ pub enum Action {
     /// Fork an observer, and report [`super::event::Event::ObserverForked`] or
     /// [`super::event::Event::ObserverForkFailed`]: exactly one of them.
     ForkObserver,
-    /// Send an observer TERM (leave) or KILL.
+    /// Send an observer QUIT (exit), TERM (exit; only if it was forked before an upgrade) or KILL.
     SignalObserver { pid: Pid, signal: Signal },
     /// The result of the start, given once. After an error all children are stopped, and [`Action::Exit`]
     /// follows without another event.
@@ -77,6 +82,7 @@ impl Action {
     pub(crate) fn child(&self) -> Option<Pid> {
         match self {
             Action::Drain { pid, .. }
+            | Action::EndClaims { pid }
             | Action::Pool { pid, .. }
             | Action::Diagnose { pid }
             | Action::Kill { pid, .. }
@@ -126,7 +132,7 @@ pub enum Incident {
     Observer(ObserverIncident),
     /// A child that the policy does not know was reaped.
     UnknownReaped(Pid),
-    /// A report that its sender cannot make, or has made already.
+    /// A report that its sender may not send, or has sent before.
     ReportIgnored(Pid, &'static str),
     /// The master did not run for this time or longer.
     MasterPaused(Millis),
@@ -221,7 +227,7 @@ pub enum NotReady {
     SurvivedKill(ChildName),
     Stopped(StopMode),
     /// An upgrade is rolled back because the new program has failed.
-    ProgramFailed(String),
+    UpgradeFailed(String),
     /// A pool process that stays cannot serve the next generation, for this reason.
     PoolRefused(String),
     /// A pool process that stays has not reported in time.

@@ -8,8 +8,8 @@
 //! - If another process sent the signal, none. This includes SIGKILL, unless the kernel's OOM killer sent
 //!   it.
 //! - If nothing is known (OOM killer, or a thread of a handler called `exit`), the only call that ran. If
-//!   there were several, none is counted: a client that lets a worker crash could otherwise choose the call
-//!   of another client that runs beside it.
+//!   there were several, none is counted: otherwise a client that crashes workers could get the call
+//!   of another client quarantined.
 //!
 //! If a call completes, its count is cleared. The third crash quarantines the call, if each crash came within an hour
 //! of the one before.
@@ -120,7 +120,7 @@ impl CrashCounts {
     }
 
     /// Counts a crash for a call. `now` is monotonic, `at` is the wall clock; `refusals` says how often a
-    /// quarantined call was refused. Returns the call if it is quarantined from now on.
+    /// quarantined call was refused. Returns the call if it is newly quarantined.
     pub fn count(
         &mut self,
         (key, method): &(u64, String),
@@ -205,8 +205,8 @@ mod tests {
 
     impl World {
         /// Counts a crash during the calls `ran`. Returns the key of the newly quarantined call.
-        fn death(&mut self, fault: Fault, culprit: u64, ran: &[u64]) -> Option<u64> {
-            let evidence = evidence(fault, culprit, ran);
+        fn death(&mut self, fault: Fault, faulting_call: u64, ran: &[u64]) -> Option<u64> {
+            let evidence = evidence(fault, faulting_call, ran);
             Some(self.caught(&evidence, Suspicion::Reported)?.0.key)
         }
 
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn the_third_death_of_a_call_is_its_last() {
+    fn the_third_crash_quarantines_the_call() {
         let mut world = World::default();
         assert_eq!(world.death(Fault::Own, 7, &[5, 7, 9]), None);
         assert_eq!(world.death(Fault::Own, 7, &[5, 7]), None);

@@ -15,8 +15,8 @@ pub type Millis = u64;
 /// The largest number of workers that one generation can have.
 pub const MAX_COUNT: usize = 1024;
 
-/// The limits that the configuration of one generation sets for its processes. If the program before an upgrade did
-/// not know a member, the member is 0.
+/// The limits that the configuration of one generation sets for its processes. A member that an older version has not exported is 0 or
+/// false.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PolicyLimits {
@@ -115,7 +115,7 @@ pub enum Event {
     Ready {
         pid: Pid,
     },
-    /// A worker reports that it drains without an order, because it got SIGTERM. It needs a successor.
+    /// A child got SIGTERM without an order. A worker drains already. Any other child serves until its successor is ready.
     Retiring {
         pid: Pid,
     },
@@ -150,7 +150,7 @@ pub enum Event {
         /// When the event loop last gave a heartbeat, on the same clock as `now`.
         at: Millis,
     },
-    /// A child was reaped. Pass on the last messages in its socketpair first.
+    /// A child was reaped. Before this event, report the messages that are still in its socketpair.
     Died {
         /// The child. A pid that the policy does not know is ignored.
         pid: Pid,
@@ -168,7 +168,7 @@ pub enum Event {
     KeeperLost {
         pid: Pid,
     },
-    /// The number of connections that the keeper of a dead worker has completed. Report it when the worker
+    /// The number of connections that the keeper of a dead worker has handed over or reset. Report it when the worker
     /// was reaped, and before [`super::fleet::Fleet::tick`].
     KeeperProgress {
         keeper: Pid,

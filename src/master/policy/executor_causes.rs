@@ -18,7 +18,7 @@ use crate::sys::signal::Fault;
 /// The largest number of ends that are kept while there is no jobs process.
 const MOST_UNSENT: usize = 1_000;
 
-/// Signals that the kernel sends for a fault of the process. Any other one comes from another process.
+/// Signals that mean a fault of the process itself. A death by any other signal counts as caused from outside.
 const FAULTS: [Signal; 7] = [
     Signal::SIGSEGV,
     Signal::SIGBUS,
@@ -53,7 +53,7 @@ impl ExecutorDeath {
         out_of_memory: bool,
     ) -> Self {
         match by_master {
-            // Exit code 0 counts as ordered only if it was ordered: otherwise a handler has called exit(3).
+            // Exit code 0 without an order means that a handler has called exit(3).
             _ if drains && exit == Exit::Code(0) => ExecutorDeath::Ordered,
             Some(Suspicion::EventLoop) if is_worker => ExecutorDeath::Stuck,
             Some(Suspicion::Nothing) => ExecutorDeath::Ordered,
@@ -90,7 +90,8 @@ const RECENT_MS: Millis = 30_000;
 /// The largest number of ends that are kept for new jobs processes.
 const MOST_RECENT: usize = 100;
 
-/// Ends of workers and pool processes that no jobs process knows.
+/// The ends of workers and pool processes: those whose evidence is incomplete, those not yet sent to a jobs process, and
+/// those sent a short time ago.
 #[derive(Debug, Default)]
 pub struct ExecutorEnds {
     /// The dead workers whose keepers have not ended.
@@ -100,20 +101,21 @@ pub struct ExecutorEnds {
     recent: VecDeque<(Millis, ExecutorEnd)>,
 }
 
-/// The ends that the next program must know after an upgrade. Otherwise its jobs process would take an attempt of a
-/// worker that has ended as ordered for one that was killed.
+/// The ends that the new program must know after an upgrade. Otherwise its jobs process would treat an attempt as killed
+/// although its worker has exited on order.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecutorEndsState {
     waiting: Vec<(Pid, ExecutorDeath)>,
-    /// The ends as in messages, with the times at which they were sent.
+    /// The ends as in messages, each with the time of the export. Older versions read it as the time of sending.
     recent: Vec<(Millis, u64)>,
 }
 
 impl ExecutorEnds {
     /// Returns what the next program must know.
     pub fn export(&self, now: Millis) -> ExecutorEndsState {
-        let unsent = self.unsent.iter().map(|end| (now, end));
-        let recent = self.recent.iter().map(|(sent, end)| (*sent, end));
+        let unsent = self.unsent.iter().map(|end| (now, *end));
+        // Another process may have the pid of an older one.
+        let recent = self.recent(now).into_iter().map(|end| (now, end));
         ExecutorEndsState {
             waiting: self
                 .waiting
@@ -127,14 +129,16 @@ impl ExecutorEnds {
         }
     }
 
-    /// Takes over what the program before knew. Its unsent ends are sent to the next jobs process.
+    /// Takes over what the old program knew. All ends are sent to the next jobs process, because no jobs process of this
+    /// program has got them. It ignores those that it knows.
     pub fn import(state: ExecutorEndsState) -> Self {
         let recent = state.recent.into_iter();
-        let recent = recent.filter_map(|(at, end)| Some((at, ExecutorEnd::decode(end)?)));
         ExecutorEnds {
             waiting: state.waiting.into_iter().collect(),
-            unsent: Vec::new(),
-            recent: recent.collect(),
+            unsent: recent
+                .filter_map(|(_, end)| ExecutorEnd::decode(end))
+                .collect(),
+            recent: VecDeque::new(),
         }
     }
 
@@ -253,14 +257,17 @@ mod tests {
         // The next jobs process gets them too.
         let both = [end(2, ExecutorCause::Outside), named];
         assert_eq!(ends.recent(5), both);
-        // So does the one that the program after an upgrade starts.
+        // The jobs process that the new program starts gets them too.
         ends.died(Pid(3), ExecutorDeath::Ordered, false);
         ends.died(Pid(4), ExecutorDeath::Ordered, true);
         let mut next = ExecutorEnds::import(ends.export(6));
         next.complete(Pid(4), &report);
         let ordered = |pid| end(pid, ExecutorCause::Ordered);
-        assert_eq!(next.recent(6), [both[0], both[1], ordered(3)]);
-        assert_eq!(next.take_unsent(true, 6), [ordered(4)]);
+        let all = [both[0], both[1], ordered(3), ordered(4)];
+        assert_eq!(next.take_unsent(true, 6), all);
+        // Another process may have the pid of an older one.
+        let late = ExecutorEnds::import(ends.export(5 + RECENT_MS));
+        assert_eq!(late.unsent, [ordered(3)]);
         assert_eq!(ends.recent(5 + RECENT_MS), []);
     }
 }

@@ -20,12 +20,12 @@ use crate::protocol::control::MOST_DRAINING_GENERATIONS;
 use crate::throttle::limiter::Limiter;
 
 /// The limit on lines about problems of children: at most 18 in the first minute, then 10 a minute.
-const TROUBLES: (u64, Millis) = (8, 6_000);
+const PROBLEM_LINES: (u64, Millis) = (8, 6_000);
 /// The limit on log lines about refused forks: every slot tries again each second, and one line is enough for all.
 const REFUSALS: (u64, Millis) = (1, 5_000);
 
 /// The limit on log lines about crashed sessions. It is separate, so that they do not suppress lines about workers.
-const CRASHES: (u64, Millis) = (8, 6_000);
+const SESSION_CRASH_LINES: (u64, Millis) = (8, 6_000);
 
 /// The phase of the whole server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,9 +111,9 @@ pub struct Fleet {
     pub(crate) deaths: Deaths,
     /// The ends of workers that the metrics do not count yet.
     pub(crate) worker_exits: Vec<WorkerExit>,
-    pub(crate) troubles: Limiter,
+    pub(crate) problem_lines: Limiter,
     pub(crate) refusals: Limiter,
-    crashes: Limiter,
+    session_crash_lines: Limiter,
     pub(crate) recycling: Recycling,
     pub(crate) keepers: KeeperRules,
     pub(crate) observer: ObserverRules,
@@ -162,9 +162,9 @@ impl Fleet {
             table: SlotTable::default(),
             deaths: Deaths::default(),
             worker_exits: Vec::new(),
-            troubles: Limiter::new(TROUBLES.0, TROUBLES.1),
+            problem_lines: Limiter::new(PROBLEM_LINES.0, PROBLEM_LINES.1),
             refusals: Limiter::new(REFUSALS.0, REFUSALS.1),
-            crashes: Limiter::new(CRASHES.0, CRASHES.1),
+            session_crash_lines: Limiter::new(SESSION_CRASH_LINES.0, SESSION_CRASH_LINES.1),
             recycling: Recycling::new(),
             keepers: KeeperRules::new(),
             observer: ObserverRules::new(),
@@ -279,7 +279,7 @@ impl Fleet {
     /// Handles the crash of a session. No process replaces it.
     pub fn session_died(&mut self, death: Death, now: Millis) -> Vec<Action> {
         self.begin_event(now);
-        if let Some(suppressed) = self.crashes.admit(self.now) {
+        if let Some(suppressed) = self.session_crash_lines.admit(self.now) {
             let incident = Incident::Died(Box::new(death.clone()), AfterDeath::ConnectionLost);
             self.log_after(Level::Warn, incident, suppressed);
         }
@@ -368,7 +368,7 @@ impl Fleet {
 
     /// Logs an incident that may occur often, at a limited rate.
     pub(crate) fn log_limited(&mut self, level: Level, incident: Incident) {
-        if let Some(suppressed) = self.troubles.admit(self.now) {
+        if let Some(suppressed) = self.problem_lines.admit(self.now) {
             self.log_after(level, incident, suppressed);
         }
     }
@@ -424,7 +424,7 @@ impl Fleet {
         }
     }
 
-    /// Fills a slot that has become empty: with its successor, or with a fork when the throttle allows it.
+    /// Fills a slot that has become empty: with its successor if that runs, or else with a fork when the throttle allows it.
     pub(crate) fn respawn(&mut self, slot_id: SlotId, due: Millis) {
         let now = self.now;
         let entry = self.entry(slot_id);

@@ -18,15 +18,15 @@ enum Happening {
     Dies(usize, Exit),
     Leaves(usize),
     Retires(usize),
-    Sticks(usize),
-    Worn(usize),
+    SurvivesKill(usize),
+    MaxCallsReached(usize),
     Grows(usize),
-    Wedges(usize),
+    AllThreadsStuck(usize),
     Reload(usize),
     Scale(usize),
     ScaleBy(i32),
     ForksRefused(bool),
-    Crosses,
+    Upgrade,
     ForksHeld(bool),
     OddReport(i32),
     Stop,
@@ -54,16 +54,16 @@ fn happening() -> impl Strategy<Value = Happening> {
         8 => (any::<usize>(), exit()).prop_map(|(who, how)| Dies(who, how)),
         8 => any::<usize>().prop_map(Leaves),
         2 => any::<usize>().prop_map(Retires),
-        1 => any::<usize>().prop_map(Sticks),
-        3 => any::<usize>().prop_map(Worn),
+        1 => any::<usize>().prop_map(SurvivesKill),
+        3 => any::<usize>().prop_map(MaxCallsReached),
         2 => any::<usize>().prop_map(Grows),
-        2 => any::<usize>().prop_map(Wedges),
+        2 => any::<usize>().prop_map(AllThreadsStuck),
         2 => (0usize..6).prop_map(Reload),
         1 => (0usize..8).prop_map(Scale),
         1 => (-3..4).prop_map(ScaleBy),
         1 => any::<bool>().prop_map(ForksRefused),
         2 => any::<bool>().prop_map(ForksHeld),
-        2 => Just(Crosses),
+        2 => Just(Upgrade),
         1 => (0..400).prop_map(OddReport),
     ]
 }
@@ -124,14 +124,14 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
                 world.send(Event::Retiring { pid });
             }
         }
-        Happening::Sticks(who) => {
+        Happening::SurvivesKill(who) => {
             if let Some(pid) = pick(world, who)
                 && let Some(process) = world.living.get_mut(&pid)
             {
                 process.stuck = true;
             }
         }
-        Happening::Worn(who) => {
+        Happening::MaxCallsReached(who) => {
             if let Some(pid) = pick(world, who) {
                 world.send(Event::MaxCallsReached { pid, calls: 1_000 });
             }
@@ -143,7 +143,7 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
                 process.rss_bytes = 2 << 20;
             }
         }
-        Happening::Wedges(who) => {
+        Happening::AllThreadsStuck(who) => {
             if let Some(pid) = pick(world, who) {
                 let evidence = "all 2 handler threads are stuck".to_owned();
                 world.send(Event::AllThreadsStuck { pid, evidence });
@@ -157,7 +157,7 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
         }
         Happening::Scale(count) => world.send(Event::Scale { count }),
         Happening::ScaleBy(by) => world.send(Event::ScaleBy { by }),
-        Happening::Crosses => world.cross(),
+        Happening::Upgrade => world.cross(),
         Happening::ForksRefused(refused) => world.refuse_forks = refused,
         Happening::ForksHeld(held) => {
             world.hold_forks = held;
@@ -214,7 +214,7 @@ proptest! {
     }
 
     #[test]
-    fn a_stop_at_any_moment_ends_it_all(
+    fn after_a_stop_the_master_exits(
         limits in limits(),
         before in prop::collection::vec(happening(), 0..40),
         now in any::<bool>(),

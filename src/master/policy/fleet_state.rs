@@ -31,7 +31,8 @@ pub struct FleetState {
     /// The wanted number of workers.
     pub count: usize,
     /// The slots of the serving generation.
-    pub seats: Vec<SeatState>,
+    #[serde(rename = "seats")]
+    pub slots: Vec<SlotSnapshot>,
     /// Every child not yet reaped.
     pub children: Vec<ChildState>,
     /// The observers. For a program that does not know this member, their pids are also in `orphans.others`.
@@ -42,7 +43,8 @@ pub struct FleetState {
     /// The last deaths of other children. An older program shows only those of workers.
     #[serde(default)]
     pub other_deaths: Vec<Death>,
-    /// The last deaths of jobs processes. A version that does not know them could not read them among the others.
+    /// The last deaths of jobs processes. They have a member of their own, because an older version cannot
+    /// read a death of this kind.
     #[serde(default)]
     pub jobs_deaths: Vec<Death>,
     /// The number of all deaths, including those without a record.
@@ -51,18 +53,18 @@ pub struct FleetState {
 
 /// A slot and its worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SeatState {
+pub struct SlotSnapshot {
     pub slot: u16,
     /// The worker in the slot, if there is one.
     pub worker: Option<i32>,
-    /// When a worker is forked, if there is none.
+    /// When a worker will be forked. `Some` only for a slot without a worker.
     pub until: Option<Millis>,
     /// The successor of that worker, if there is one.
-    #[serde(default)]
-    pub coming: Option<i32>,
+    #[serde(default, rename = "coming")]
+    pub successor: Option<i32>,
     /// When a successor is forked, if one is needed.
-    #[serde(default)]
-    pub coming_until: Option<Millis>,
+    #[serde(default, rename = "coming_until")]
+    pub successor_until: Option<Millis>,
     /// When the slot last changed.
     pub since: Millis,
     pub throttle: Throttle,
@@ -83,7 +85,7 @@ impl Fleet {
     /// - after [`Fleet::abandon_reload`]. Then the other program does the forks that were ordered.
     pub fn export(&self) -> FleetState {
         let SlotTable {
-            slots: seats,
+            slots: entries,
             children,
             ..
         } = &self.table;
@@ -106,7 +108,11 @@ impl Fleet {
             last_generation: self.last_generation.0,
             limits: self.limits,
             count: self.count,
-            seats: seats.iter().filter(is_wanted).map(seat_state).collect(),
+            slots: entries
+                .iter()
+                .filter(is_wanted)
+                .map(slot_snapshot)
+                .collect(),
             children: children.iter().filter(is_worker).map(child_state).collect(),
             observers: self.observer.pids().map(|pid| pid.0).collect(),
             deaths,
@@ -128,7 +134,7 @@ impl Fleet {
             last_generation,
             limits,
             count,
-            seats,
+            slots,
             children,
             deaths,
             observers,
@@ -152,24 +158,27 @@ impl Fleet {
             return Err("the table of workers has a pid twice, or an invalid pid".into());
         }
         for state in children {
-            // Its old heartbeat does no harm: the scoreboard is read before the first tick checks it.
+            // The exported heartbeat is old. This does no harm, because the scoreboard is read before the first tick.
             fleet.table.children.insert(state.pid, state.record);
         }
-        for state in seats {
+        for state in slots {
             let at = slot_id(serving, state.slot);
-            let sits = |pid: Pid| {
+            let is_in_slot = |pid: Pid| {
                 let child = fleet.table.children.get(&pid);
                 child.is_some_and(|child| child.slot_id == at && !child.drains())
             };
-            let holder = |worker: Option<i32>, until: Option<Millis>| match worker.map(Pid) {
-                Some(pid) if sits(pid) => Ok(Some(SlotState::Worker(pid))),
+            let slot_state = |worker: Option<i32>, until: Option<Millis>| match worker.map(Pid) {
+                Some(pid) if is_in_slot(pid) => Ok(Some(SlotState::Worker(pid))),
                 Some(pid) => Err(format!("slot {} has no worker {pid}", state.slot)),
                 None => Ok(until.map(|until| SlotState::Throttled { until })),
             };
-            let first = holder(state.worker, state.until)?;
-            let second = holder(state.coming, state.coming_until)?;
-            if second.is_some() && (state.worker.is_none() || state.worker == state.coming) {
-                return Err(format!("slot {} has a successor but no worker", state.slot));
+            let first = slot_state(state.worker, state.until)?;
+            let second = slot_state(state.successor, state.successor_until)?;
+            if second.is_some() && (state.worker.is_none() || state.worker == state.successor) {
+                return Err(format!(
+                    "slot {} has a successor without a worker, or its worker as its own successor",
+                    state.slot
+                ));
             }
             let entry = SlotEntry {
                 state: first.unwrap_or(SlotState::Throttled { until: now }),
@@ -222,7 +231,7 @@ impl Fleet {
     }
 }
 
-fn seat_state((slot_id, entry): (&SlotId, &SlotEntry)) -> SeatState {
+fn slot_snapshot((slot_id, entry): (&SlotId, &SlotEntry)) -> SlotSnapshot {
     let SlotEntry {
         state,
         successor,
@@ -233,19 +242,19 @@ fn seat_state((slot_id, entry): (&SlotId, &SlotEntry)) -> SeatState {
         // It differs from the slot's generation only for a pool process, and pool processes are left out.
         oldest: _,
     } = entry;
-    let parts = |holder: SlotState| match holder {
+    let parts = |state: SlotState| match state {
         SlotState::Worker(pid) => (Some(pid.0), None),
         SlotState::Throttled { until } => (None, Some(until)),
         SlotState::Forking => (None, None),
     };
     let (worker, until) = parts(*state);
-    let (coming, coming_until) = successor.map_or((None, None), parts);
-    SeatState {
+    let (successor, successor_until) = successor.map_or((None, None), parts);
+    SlotSnapshot {
         slot: slot_id.slot.0,
         worker,
         until,
-        coming,
-        coming_until,
+        successor,
+        successor_until,
         since: *since,
         throttle: throttle.clone(),
     }

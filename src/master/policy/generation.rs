@@ -230,7 +230,7 @@ impl Fleet {
     pub fn abandon_reload(&mut self, reason: String, now: Millis) -> Vec<Action> {
         self.begin_event(now);
         if self.phase == ServerPhase::Serving {
-            self.refuse_pending(NotReady::ProgramFailed(reason));
+            self.refuse_pending(NotReady::UpgradeFailed(reason));
             self.scale_as_deferred();
         }
         self.finish_event()

@@ -42,6 +42,7 @@ impl Fleet {
             kill_reason: None,
             recycle: RecycleState::default(),
             retires_when_ready: false,
+            has_ended_claims: false,
         };
         self.table.insert(pid, child);
         self.log(Level::Debug, ChildIncident::Started.of(pid, slot_id));
@@ -132,7 +133,7 @@ impl Fleet {
         }
         if !child.slot_id.slot.is_worker() {
             // Workers use this process, so it serves until its successor does.
-            return self.request_recycle(pid, RecycleReason::RetireRequested, false);
+            return self.request_recycle(pid, RecycleReason::RetireRequested);
         }
         let (slot_id, health) = (child.slot_id, child.ready_for(now));
         let deadline = now + child.limits.drain_timeout;

@@ -8,6 +8,7 @@ use super::death_log::Death;
 use super::event::{Event, KeptPool, PolicyLimits, PoolStep};
 use super::fleet::Fleet;
 use super::fleet_world::{LIMITS, SEGV, World};
+use super::shutdown::AFTER_WORKERS;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::{DeathKind, WorkerPhase};
 use crate::sys::process::Exit;
@@ -148,7 +149,7 @@ fn another_program_gets_no_pool_process_and_forks_its_own() {
     assert!(state.children.iter().all(|child| child.pid != old));
     assert!(
         state
-            .seats
+            .slots
             .iter()
             .all(|slot| Slot(slot.slot).pool().is_none())
     );
@@ -467,6 +468,60 @@ fn a_start_and_a_reload_wait_for_the_jobs_process() {
     let is_refused = |action: &Action| matches!(action, Action::ReloadDone { result: Err(_), .. });
     assert!(world.history.iter().any(|(_, action)| is_refused(action)));
     assert!(!is_told_to_leave(&world, first));
+}
+
+#[test]
+fn a_jobs_process_ends_its_claims_when_the_workers_leave_and_not_before() {
+    let mut world = World::serving(JOBS);
+    let old = jobs(&world, 1);
+    world.send(Event::Reload { limits: JOBS });
+    let new = jobs(&world, 2);
+    assert!(!world.did(&Action::EndClaims { pid: old }));
+    world.all_ready();
+    assert!(world.did(&Action::EndClaims { pid: old }));
+    assert!(!is_told_to_leave(&world, old));
+    assert!(!world.did(&Action::EndClaims { pid: new }));
+    // Its successor finishes attempts too, and begins none.
+    world.die(old, SEGV);
+    let successor = jobs(&world, 1);
+    assert_ne!(successor, old);
+    assert!(world.did(&Action::EndClaims { pid: successor }));
+    world.send(Event::Stop);
+    assert!(world.did(&Action::EndClaims { pid: new }));
+}
+
+#[test]
+fn a_pool_process_that_exits_after_the_workers_has_the_deadline_of_the_stop() {
+    let mut world = World::serving(JOBS);
+    let (first, stopped) = (pool(&world, 1), world.now);
+    world.send(Event::Stop);
+    world.pass(5_000);
+    let living = world.living.iter();
+    let workers = living.filter(|(_, it)| it.slot_id.1.is_worker());
+    for pid in workers.map(|(pid, _)| *pid).collect::<Vec<_>>() {
+        world.die(pid, Exit::Code(0));
+    }
+    let deadline = world.history.iter().find_map(|(_, action)| match action {
+        Action::Drain { pid, deadline, .. } if *pid == first => Some(*deadline),
+        _ => None,
+    });
+    assert_eq!(deadline, Some(stopped + JOBS.drain_timeout));
+
+    // If the workers needed all of that time, it still has some to end its programs.
+    let mut world = World::serving(JOBS);
+    let (first, stopped) = (pool(&world, 1), world.now);
+    world.send(Event::Stop);
+    world.pass(JOBS.drain_timeout + 50);
+    let living = world.living.iter();
+    let workers = living.filter(|(_, it)| it.slot_id.1.is_worker());
+    for pid in workers.map(|(pid, _)| *pid).collect::<Vec<_>>() {
+        world.die(pid, Exit::Code(0));
+    }
+    let deadline = world.history.iter().find_map(|(_, action)| match action {
+        Action::Drain { pid, deadline, .. } if *pid == first => Some(*deadline),
+        _ => None,
+    });
+    assert!(deadline >= Some(stopped + JOBS.drain_timeout + AFTER_WORKERS));
 }
 
 #[test]

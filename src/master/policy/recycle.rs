@@ -1,6 +1,6 @@
 //! Recycles workers: starts the successor of a worker first, and drains the worker when the successor is ready.
 //!
-//! A worker is recycled for one of these reasons:
+//! A child is recycled for one of these reasons:
 //!
 //! - It has read the configured number of calls. The worker reports this.
 //! - It has reached the configured age.
@@ -72,7 +72,7 @@ impl Fleet {
 
     /// Handles the report that a worker has read the configured number of calls.
     pub(crate) fn max_calls_reached(&mut self, pid: Pid, calls: u64) {
-        self.request_recycle(pid, RecycleReason::MaxCalls(calls), false);
+        self.request_recycle(pid, RecycleReason::MaxCalls(calls));
     }
 
     /// Returns whether a report that all threads of a worker are stuck is new. A pool process has no
@@ -84,8 +84,8 @@ impl Fleet {
         })
     }
 
-    /// Handles the report that all threads of a worker are stuck. It is replaced without waiting for
-    /// others.
+    /// Handles the report that all threads of a worker are stuck. The worker is replaced without waiting for other recycles or for a
+    /// reload.
     pub(crate) fn all_threads_stuck(&mut self, pid: Pid, evidence: &str) {
         let since = self.now;
         if !self.wants_diagnosis(pid) {
@@ -119,12 +119,12 @@ impl Fleet {
         let limit = child.limits.max_memory;
         let above = limit > 0 && rss_bytes > limit;
         if std::mem::replace(&mut child.recycle.above, above) && above {
-            self.request_recycle(pid, RecycleReason::MaxMemory { rss_bytes, limit }, false);
+            self.request_recycle(pid, RecycleReason::MaxMemory { rss_bytes, limit });
         }
     }
 
     /// Requests that a child is replaced. If it was requested before, the first reason is kept.
-    pub(crate) fn request_recycle(&mut self, pid: Pid, reason: RecycleReason, urgent: bool) {
+    pub(crate) fn request_recycle(&mut self, pid: Pid, reason: RecycleReason) {
         let since = self.now;
         if let Some(child) = self.table.children.get_mut(&pid)
             && child.may_recycle()
@@ -132,7 +132,7 @@ impl Fleet {
             child.recycle.request = Some(RecycleRequest {
                 reason,
                 since,
-                urgent,
+                urgent: false,
             });
         }
     }
@@ -145,7 +145,7 @@ impl Fleet {
             .filter_map(|(pid, child)| Some((*pid, child.ready_for(now)?)))
             .collect();
         for (pid, age) in old {
-            self.request_recycle(pid, RecycleReason::MaxLifetime(age), false);
+            self.request_recycle(pid, RecycleReason::MaxLifetime(age));
         }
     }
 

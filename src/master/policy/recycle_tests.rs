@@ -281,7 +281,7 @@ fn a_scale_down_takes_worker_and_successor() {
 }
 
 #[test]
-fn a_reload_waits_for_nobody_and_no_recycle_begins_before_its_verdict() {
+fn a_reload_does_not_wait_for_recycles_and_none_begins_before_its_result() {
     let mut world = World::serving(LIMITS);
     reach_max_calls(&mut world, 0);
     let half_way = world.first(WorkerPhase::Starting).unwrap();
@@ -319,7 +319,7 @@ fn a_stop_ends_worker_and_successor() {
 #[derive(Debug, Clone)]
 enum Happening {
     Passes(Millis),
-    Worn(usize),
+    MaxCallsReached(usize),
     Grows(usize),
     Ready(usize),
     Leaves(usize),
@@ -330,7 +330,7 @@ fn happening() -> impl Strategy<Value = Happening> {
     use Happening::*;
     prop_oneof![
         4 => (0u64..3_000).prop_map(Passes),
-        4 => any::<usize>().prop_map(Worn),
+        4 => any::<usize>().prop_map(MaxCallsReached),
         3 => any::<usize>().prop_map(Grows),
         8 => any::<usize>().prop_map(Ready),
         4 => any::<usize>().prop_map(Leaves),
@@ -355,7 +355,7 @@ proptest! {
             let mut died = false;
             match happening {
                 Happening::Passes(span) => world.pass(span),
-                Happening::Worn(who) => {
+                Happening::MaxCallsReached(who) => {
                     let pid = pick(who);
                     world.send(Event::MaxCallsReached { pid, calls: 1 });
                 }

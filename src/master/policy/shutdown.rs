@@ -20,6 +20,10 @@ const STOP_DEBOUNCE: Millis = 100;
 /// gives it the time to exit.
 const AFTER_DRAIN: Millis = 100;
 
+/// The least time that a process which serves workers has to exit after the last worker at a stop. It covers the end of
+/// its programs, and the last commit of a jobs process.
+pub(crate) const AFTER_WORKERS: Millis = 3_000;
+
 /// How long the ready report of a child may still be on its way when the child is ordered to exit.
 const STARTING_GRACE: Millis = 500;
 
@@ -53,13 +57,15 @@ impl Fleet {
         self.table.note_oldest_served();
         let is_stopping = matches!(self.phase, ServerPhase::Stopping { .. });
         let pending = self.reload.as_ref().map(|reload| reload.generation);
+        let serving = self.serving;
+        let stays = |generation| generation == serving || Some(generation) == pending;
+        self.end_claims(|generation| is_stopping || !stays(generation));
         let is_used = |slot_id: SlotId| match is_stopping {
             true => self.table.has_users(slot_id, |_| true),
             false => {
                 let generation = slot_id.generation;
                 let oldest = self.table.oldest_served(slot_id);
-                generation == self.serving
-                    || Some(generation) == pending
+                stays(generation)
                     || self
                         .table
                         .has_users(slot_id, |of| (oldest..=generation).contains(&of))
@@ -83,11 +89,38 @@ impl Fleet {
         }
     }
 
+    /// Orders the jobs processes of generations that leave to claim nothing more. Otherwise pool processes, which serve
+    /// until the last worker has exited, would begin attempts that have no time left.
+    fn end_claims(&mut self, leaves: impl Fn(Generation) -> bool) {
+        let children = self.table.children.iter_mut();
+        let claiming: Vec<Pid> = children
+            .filter(|(_, child)| child.slot_id.slot.is_jobs() && !child.has_ended_claims)
+            .filter(|(_, child)| leaves(child.slot_id.generation))
+            .map(|(pid, child)| {
+                child.has_ended_claims = true;
+                *pid
+            })
+            .collect();
+        for pid in claiming {
+            self.act(Action::EndClaims { pid });
+        }
+    }
+
     /// Orders a child to exit. Its slot was given up before. A child that is being ended by force needs no order.
     pub(crate) fn order_exit(&mut self, pid: Pid, mode: StopMode) {
         let now = self.now;
+        let stopping_since = match self.phase {
+            ServerPhase::Stopping { since, .. } => Some(since),
+            _ => None,
+        };
         let child = self.child_mut(pid);
+        let stopping_since = stopping_since.filter(|_| child.slot_id.serves_workers());
         let mut deadline = now + child.limits.drain_timeout;
+        if let Some(since) = stopping_since {
+            // It exits after the workers, but the time of its attempts began with the stop.
+            let of_stop = since + child.limits.drain_timeout;
+            deadline = deadline.min(of_stop.max(now + AFTER_WORKERS));
+        }
         if let WorkerStage::Draining { deadline: earlier } = child.stage {
             deadline = deadline.min(earlier);
         }

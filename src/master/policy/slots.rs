@@ -179,6 +179,9 @@ pub struct ChildRecord {
     /// Whether it is asked to retire when it is ready, because its keeper has died. It is unknown after an upgrade.
     #[serde(skip)]
     pub retires_when_ready: bool,
+    /// Whether it is a jobs process that was ordered to claim nothing more.
+    #[serde(skip)]
+    pub has_ended_claims: bool,
 }
 
 /// A signal as its number.

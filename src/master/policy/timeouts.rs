@@ -54,7 +54,7 @@ impl Fleet {
         for action in actions {
             self.act(action);
         }
-        if let Some(more) = self.troubles.flush(now) {
+        if let Some(more) = self.problem_lines.flush(now) {
             self.log(Level::Warn, Incident::SuppressedTroubles(more));
         }
         if let Some(more) = self.refusals.flush(now) {
@@ -71,7 +71,7 @@ impl Fleet {
             .chain(self.next_recycling())
             .chain(self.keepers.deadline())
             .chain(self.observer.deadline())
-            .chain(self.troubles.flush_at())
+            .chain(self.problem_lines.flush_at())
             .chain(self.refusals.flush_at())
             .chain(self.stop_at)
             .chain(self.kept_pools_deadline())

@@ -1,7 +1,7 @@
 //! Handles signals, requests over the control socket, and the outcomes of what the policy orders.
 
 pub mod reload_driver;
-mod reopening;
+pub(super) mod reopening;
 pub mod status_report;
 pub mod upgrade_driver;
 
@@ -208,7 +208,9 @@ pub fn request(master: &mut Master<'_>, client: ClientId, request: ControlReques
                 };
                 let text = pluralize(wanted, "worker is wanted", "workers are wanted");
                 ControlResponse::said(match is_deferred {
-                    true => format!("{text}, when the reload has ended"),
+                    true => {
+                        format!("{text}; the number changes when the start or the reload has ended")
+                    }
                     false => text,
                 })
             } else {

@@ -253,7 +253,9 @@ pub fn mark_master(master: &Master<'_>) {
     if let Some(jobs) = &master.contexts.jobs
         && let Err(error) = jobs.lock.mark_master()
     {
-        log::error!("the lock of the job store does not show that the server runs: {error}");
+        log::error!(
+            "could not mark the lock of the job store: {error}; `preforkd job check` may say that no server uses the store"
+        );
     }
 }
 

@@ -167,7 +167,7 @@ impl Probe {
 
     /// Handles its end. Returns the program that could take over, or why it could not.
     pub fn result(mut self, exit: Exit) -> std::result::Result<FileIdentity, String> {
-        self.child.was_reaped();
+        self.child.set_reaped();
         self.listen();
         match exit {
             Exit::Code(0) if self.passed => Ok(self.file),

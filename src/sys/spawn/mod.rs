@@ -3,8 +3,8 @@
 //!
 //! posix_spawn itself supports neither resource limits nor another user. Between clone and exec the child
 //! makes only system calls: no allocation, no lock, no libc wrapper that would act on all threads of the
-//! parent (setuid). The child does not keep descriptors above 2 (or 3), blocked and ignored signals,
-//! environment and umask of the parent. Fails with the step that failed and the system's error; then
+//! parent (setuid). The child keeps none of these from its parent: descriptors above 2 (or 3), blocked or ignored signals, environment,
+//! umask. Fails with the step that failed and the system's error; then
 //! there is no child. Needs Linux 5.4 (waiting for a pidfd).
 
 #![allow(unsafe_code)]
@@ -19,7 +19,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -44,7 +44,7 @@ pub struct Stdio<'a> {
     pub stdin: BorrowedFd<'a>,
     pub stdout: BorrowedFd<'a>,
     pub stderr: BorrowedFd<'a>,
-    /// Descriptor 3, if it has one.
+    /// Descriptor 3: the socket for the calls of a pool program. `None` for other programs.
     pub calls: Option<BorrowedFd<'a>>,
 }
 
@@ -223,8 +223,8 @@ impl ChildProcess {
         }
     }
 
-    /// Kills it, its group, and all that descends from it, and takes its status. Waits until it
-    /// has ended, which takes long only for what hangs in the kernel.
+    /// Kills it, its group, and all that descends from it, and takes its status. Waits for the child for
+    /// at most one second. Returns `None` if it has not ended by then, because it is stuck in the kernel.
     pub fn kill_with_descendants(&mut self) -> Option<ReapedChild> {
         // Before the kill, because afterwards their parents are unknown.
         let below = process_tree::descendants(&[self.pid]);
@@ -243,7 +243,7 @@ impl ChildProcess {
     }
 
     /// Records that the status was taken by code that waits for any child.
-    pub fn was_reaped(&mut self) {
+    pub fn set_reaped(&mut self) {
         self.reaped = true;
         with_children(|children| children.remove(&self.pid.0));
     }
@@ -278,15 +278,12 @@ impl Drop for ChildProcess {
             self.reap();
         } else {
             // The child hangs in the kernel, or belongs to another user.
-            ABANDONED
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(self.pid);
+            lock(&ABANDONED).push(self.pid);
         }
     }
 }
 
-/// The signal mask of the calling thread, restored on drop.
+/// The signal mask that the calling thread had before. `restore` sets it again; a drop does not.
 struct Mask(libc::sigset_t);
 
 impl Mask {

@@ -243,7 +243,8 @@ impl AttemptTable {
 
     /// Lets a process that drains from `now_ms` to `until_ms` wait for the answers to its reports.
     pub fn begin_drain(&mut self, (now_ms, until_ms): (u64, u64)) {
-        let end_ms = now_ms.saturating_add(self.drain_timeout_ms).min(until_ms);
+        // The attempt of a method with a longer time may end after those of the others.
+        let end_ms = now_ms.saturating_add(self.longest_ms()).min(until_ms);
         self.reports_until_ms = end_ms.max(1);
     }
 
@@ -277,9 +278,13 @@ impl AttemptTable {
 
     /// Returns how long a drain may last, of which `calls` is for calls.
     pub fn longest_drain(&self, calls: Duration) -> Duration {
-        let methods = self.drain_timeouts_ms.values();
-        let longest_ms = methods.chain([&self.drain_timeout_ms]).max();
-        calls.max(Duration::from_millis(longest_ms.copied().unwrap_or(0)))
+        calls.max(Duration::from_millis(self.longest_ms()))
+    }
+
+    /// Returns the longest time of an attempt in a drain, in milliseconds.
+    fn longest_ms(&self) -> u64 {
+        let methods = self.drain_timeouts_ms.values().copied();
+        methods.fold(self.drain_timeout_ms, u64::max)
     }
 
     /// Returns whether this process drains or stops.
@@ -432,7 +437,7 @@ mod tests {
         assert_eq!(table.held_until_ms(), NOW + LEAVE_MS);
         table.end(call(1));
         table.keep(report(1));
-        assert_eq!(table.held_until_ms(), NOW + 30_000);
+        assert_eq!(table.held_until_ms(), NOW + 50_000);
         table.stored(id(1));
         assert_eq!(table.held_until_ms(), 0);
     }

@@ -82,7 +82,7 @@ pub struct SharedJournal {
 #[derive(Debug, Default)]
 pub struct CallJournal {
     /// `None` without a keeper.
-    book: Option<SharedJournal>,
+    shared: Option<SharedJournal>,
     /// Free entries that were used before.
     free: Vec<&'static CallRecord>,
     next: usize,
@@ -104,21 +104,21 @@ impl SharedJournal {
         let (progress, buffer) = IoProgress::new(connections, adoption_queue::LONGEST)?;
         let entries = NonZeroUsize::new(ENTRIES).unwrap_or(NonZeroUsize::MIN);
         let head = shared_memory::array_without_file::<JournalHeader>(NonZeroUsize::MIN)?;
-        let book = SharedJournal {
+        let shared = SharedJournal {
             head: &head[0],
             entries: shared_memory::array_without_file(entries)?,
             running: shared_memory::array_without_file(NonZeroUsize::MIN.saturating_add(threads))?,
             progress,
         };
-        Ok((book, buffer))
+        Ok((shared, buffer))
     }
 }
 
 impl CallJournal {
-    /// Creates a journal that writes into `book`.
-    pub fn new(book: SharedJournal) -> Self {
+    /// Creates a journal that writes into `shared`.
+    pub fn new(shared: SharedJournal) -> Self {
         CallJournal {
-            book: Some(book),
+            shared: Some(shared),
             ..CallJournal::default()
         }
     }
@@ -126,8 +126,8 @@ impl CallJournal {
     /// Begins the parsing of received bytes.
     pub fn opens(&mut self) {
         self.start = self
-            .book
-            .map(|book| book.progress.moment.start.load(Relaxed));
+            .shared
+            .map(|shared| shared.progress.moment.start.load(Relaxed));
     }
 
     /// Records where the next call ends in the received bytes.
@@ -143,9 +143,9 @@ impl CallJournal {
         if connection.has_partial_input() {
             self.set_flag(connection, note::TAIL);
         }
-        if let (Some(book), Some(start)) = (self.book, self.start.take()) {
+        if let (Some(shared), Some(start)) = (self.shared, self.start.take()) {
             let taken = start + taken as u64;
-            book.progress.moment.taken.store(taken, Release);
+            shared.progress.moment.taken.store(taken, Release);
         }
         self.end = 0;
     }
@@ -159,11 +159,11 @@ impl CallJournal {
         place: AnswerPosition,
         (id, call): (Option<&str>, u64),
     ) -> CallRef {
-        let Some(book) = self.book else {
+        let Some(shared) = self.shared else {
             return CallRef::default();
         };
         let fits = id.is_none_or(|id| id.len() <= ID_WORDS * 8);
-        let Some(entry) = fits.then(|| self.room(book)).flatten() else {
+        let Some(entry) = fits.then(|| self.room(shared)).flatten() else {
             self.mark_unlogged(connection);
             return CallRef::default();
         };
@@ -187,7 +187,7 @@ impl CallJournal {
     /// Records the call `home` of another worker that begins here. No connection of this worker has it, so the keeper
     /// sends no answer for it. If it completes, it is not suspected any more, like a call of this worker.
     pub fn take_for_peer(&mut self, home: CallId, key: u64, method: usize) -> CallRef {
-        let Some(entry) = self.book.and_then(|book| self.room(book)) else {
+        let Some(entry) = self.shared.and_then(|shared| self.room(shared)) else {
             return CallRef::default();
         };
         entry.order.store(0, Relaxed);
@@ -205,13 +205,13 @@ impl CallJournal {
         CallRef(Some(entry))
     }
 
-    fn room(&mut self, book: SharedJournal) -> Option<&'static CallRecord> {
+    fn room(&mut self, shared: SharedJournal) -> Option<&'static CallRecord> {
         if let Some(entry) = self.free.pop() {
             return Some(entry);
         }
-        let entry = book.entries.get(self.next)?;
+        let entry = shared.entries.get(self.next)?;
         self.next += 1;
-        book.head.highest.store(self.next as u32, Release);
+        shared.head.highest.store(self.next as u32, Release);
         Some(entry)
     }
 
@@ -235,11 +235,11 @@ impl CallJournal {
     /// the reactor has them.
     #[inline]
     pub fn sent(&mut self) {
-        let Some(book) = self.book else { return };
+        let Some(shared) = self.shared else { return };
         while let Some(mark) = self.answered.pop() {
             self.forget(mark);
         }
-        book.progress.clear_send();
+        shared.progress.clear_send();
     }
 
     /// Frees the entry of a call that needs no answer any more.
@@ -253,7 +253,7 @@ impl CallJournal {
     /// Records the flags of a connection. Call it before anything relies on them.
     #[inline]
     pub fn update_flags(&self, connection: &mut Connection) {
-        let Some(book) = self.book else { return };
+        let Some(shared) = self.shared else { return };
         connection.has_unlogged_calls &= connection.unanswered > 0;
         let flag = |is: bool, flag| if is { flag } else { 0 };
         let note = u32::from(adoption_queue::dialect_code(connection.dialect))
@@ -264,7 +264,7 @@ impl CallJournal {
             | flag(connection.needs_http_path, note::NEEDS_PATH);
         if note != connection.recorded_flags {
             connection.recorded_flags = note;
-            if let Some(record) = book.progress.record(connection.token) {
+            if let Some(record) = shared.progress.record(connection.token) {
                 record.note.store(note, Release);
             }
         }
@@ -277,11 +277,11 @@ impl CallJournal {
 
     /// Sets a flag of a connection. The other flags stay as they are.
     fn set_flag(&self, connection: &mut Connection, flag: u32) {
-        if let Some(book) = self.book
+        if let Some(shared) = self.shared
             && connection.recorded_flags & flag == 0
         {
             connection.recorded_flags |= flag;
-            if let Some(record) = book.progress.record(connection.token) {
+            if let Some(record) = shared.progress.record(connection.token) {
                 record.note.store(connection.recorded_flags, Release);
             }
         }
@@ -289,8 +289,8 @@ impl CallJournal {
 
     /// Records that the connection is about to be handed over, or that this has failed.
     pub fn set_handed_off(&self, connection: &Connection, given: bool) {
-        if let Some(book) = self.book
-            && let Some(record) = book.progress.record(connection.token)
+        if let Some(shared) = self.shared
+            && let Some(record) = shared.progress.record(connection.token)
         {
             let flag = if given { note::GIVEN } else { 0 };
             record.note.store(connection.recorded_flags | flag, Release);
@@ -301,8 +301,8 @@ impl CallJournal {
     #[inline]
     pub fn begins_inline(&self, mark: CallRef, method: usize) {
         mark.begins();
-        if let Some(book) = self.book {
-            book.running[0].begins(mark.key(), method);
+        if let Some(shared) = self.shared {
+            shared.running[0].begins(mark.key(), method);
         }
         signal::set_current_call(mark.key());
     }
@@ -311,25 +311,25 @@ impl CallJournal {
     #[inline]
     pub fn ends_inline(&self) {
         signal::set_current_call(0);
-        if let Some(book) = self.book {
-            book.running[0].ends();
+        if let Some(shared) = self.shared {
+            shared.running[0].ends();
         }
     }
 
     pub fn stops(&self) {
-        if let Some(book) = self.book {
-            book.head.stops.store(1, Release);
+        if let Some(shared) = self.shared {
+            shared.head.stops.store(1, Release);
         }
     }
 
     /// Records that the worker exits as ordered, and that `connections` connections end with it. If the server does
     /// not stop, their clients do not expect this, so `ended` counts these connections.
     pub fn record_exit(&self, connections: usize, ended: &AtomicU32) {
-        if let Some(book) = self.book {
-            if book.head.stops.load(Relaxed) == 0 {
+        if let Some(shared) = self.shared {
+            if shared.head.stops.load(Relaxed) == 0 {
                 ended.store(connections as u32, Relaxed);
             }
-            book.head.leaves.store(1, Release);
+            shared.head.leaves.store(1, Release);
         }
     }
 }

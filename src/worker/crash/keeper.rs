@@ -2,9 +2,10 @@
 //! dies.
 //!
 //! It is made before the worker has a thread or a client, and waits for the worker's end. Until then it
-//! uses no descriptor except a pidfd of the worker, reads no call and runs no handler. If the worker exits in order, the
-//! keeper exits too. If the worker has died, the keeper hands over each connection whose state it knows exactly, through
-//! the adoption queue. Before that it answers the calls that the journal has as unanswered with `crashed`. It resets the
+//! uses no descriptor except a pidfd of the worker, reads no call and runs no handler. If the worker exits normally
+//! or the server stops, the keeper exits too. If the worker has died, the keeper hands over each connection whose state it knows exactly, through
+//! the adoption queue. For each call that is unanswered according to the
+//! journal, it adds a `crashed` answer. The worker that adopts the connection sends these answers first. It resets the
 //! other connections. So a crash costs calls, and only the connections whose state is in doubt. If the master dies, the
 //! keeper ends at once. If the keeper cannot hand a connection over, the connection is closed.
 
@@ -41,43 +42,42 @@ use crate::worker_init::WorkerInit;
 
 /// Records beyond `limits.connections`, because adopted or queued connections may exceed it.
 const SPARE_RECORDS: usize = 256;
-/// The time between two attempts if no event reports room (ETOOMANYREFS, unix(7)).
+/// The time between two attempts after ETOOMANYREFS (unix(7)). Then poll(2) does not show when a send will succeed.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// The memory into which a worker with a keeper writes.
 pub struct KeeperSetup {
     /// The journal.
-    pub book: SharedJournal,
+    pub journal: SharedJournal,
     /// The receive buffer of the event loop.
     pub buffer: &'static mut [u8],
 }
 
-/// Creates the keeper of this worker. Call it when the process has closed everything of the master and all signals
-/// are blocked. In the keeper the signals stay blocked.
+/// Creates the keeper of this worker. Call it after the process has closed all descriptors of the master, with all signals blocked. In the keeper the signals stay blocked.
 ///
 /// # Errors
 /// If there is no memory, no descriptor or no process left.
 pub fn make(boot: &WorkerInit<'_>) -> io::Result<KeeperSetup> {
     let connections = boot.settings.limits.connections + SPARE_RECORDS;
-    let (book, buffer) = SharedJournal::new(connections, boot.settings.workers.threads)?;
+    let (journal, buffer) = SharedJournal::new(connections, boot.settings.workers.threads)?;
     let worker = clone_files::pidfd_self()?;
     let addresses = crate::worker::crash::unrecorded_sockets::addresses(&boot.listeners);
     let pid = Pid::current();
     let made = clone_files::clone_process(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
         boot.show("keeper");
-        run_keeper(boot, (&worker, &addresses, pid), book, buffer);
+        run_keeper(boot, (&worker, &addresses, pid), journal, buffer);
     }
     made?;
     // The keeper polls this descriptor by its number as long as the worker lives, so the worker must not close it.
     std::mem::forget(worker);
-    Ok(KeeperSetup { book, buffer })
+    Ok(KeeperSetup { journal, buffer })
 }
 
 fn run_keeper(
     boot: &WorkerInit<'_>,
     (worker, addresses, pid): (&OwnedFd, &[Bound], Pid),
-    book: SharedJournal,
+    journal: SharedJournal,
     buffer: &[u8],
 ) -> ! {
     if !matches!(clone_files::end_with_parent(boot.master), Ok(true)) {
@@ -95,18 +95,18 @@ fn run_keeper(
         exit_now(1);
     }
     // From here on only this process has the descriptors.
-    if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
+    if journal.head.leaves.load(Acquire) == 0 && journal.head.stops.load(Acquire) == 0 {
         let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
-        let pending = PendingAccept::of(book.progress.moment.accepting.load(Acquire));
+        let pending = PendingAccept::of(journal.progress.moment.accepting.load(Acquire));
         let unrecorded = match pending {
             PendingAccept::None => Vec::new(),
             PendingAccept::Fresh | PendingAccept::Used => {
-                crate::worker::crash::unrecorded_sockets::find(addresses, &known(book))
+                crate::worker::crash::unrecorded_sockets::find(addresses, &known(journal))
             }
         };
-        recover_connections(boot, book, (buffer, &unrecorded, pending), (end, pid));
+        recover_connections(boot, journal, (buffer, &unrecorded, pending), (end, pid));
     } else {
-        // The worker may have been killed while the server stops. Its written lines count all the same.
+        // Even if the worker was killed during a stop, the access log lines that it has written must be counted.
         crashed_calls::recover_lines(boot, pid);
     }
     exit_now(0);
@@ -115,14 +115,14 @@ fn run_keeper(
 /// Recovers or closes each connection, by `end` at the latest. `pid` is that of the worker.
 fn recover_connections(
     boot: &WorkerInit<'_>,
-    book: SharedJournal,
+    journal: SharedJournal,
     (buffer, unrecorded, pending): (&[u8], &[RawFd], PendingAccept),
     (end, pid): (Duration, Pid),
 ) {
     // The worker has ended, so this is the only writer of its block.
     let writer = BlockWriter::new(boot.metrics.block, false);
-    let left = connections(book);
-    let fds = known(book);
+    let left = connections(journal);
+    let fds = known(journal);
     let adoption = &boot.adoption;
     let mut lines = CrashedCallLines::new(boot, pid);
     let queue = [adoption.tx.as_raw_fd(), adoption.rx.as_raw_fd()];
@@ -131,11 +131,12 @@ fn recover_connections(
     // Close the worker's listeners, its link, and descriptors for commands and programs.
     // SAFETY: the worker that owned these descriptors has ended, and the keeper uses none of them.
     unsafe { descriptor::close_all_but(&[&fds[..], unrecorded, &own].concat()) };
-    let highest = book.head.highest.load(Acquire);
-    let event_loop_call = book.running[0].key.load(Acquire);
-    boot.crash_report.tell(ran(book.running), event_loop_call);
+    let highest = journal.head.highest.load(Acquire);
+    let event_loop_call = journal.running[0].key.load(Acquire);
+    boot.crash_report
+        .tell(ran(journal.running), event_loop_call);
     let ids = boot.settings.trace.then_some(pid.0);
-    let mut calls = calls(book.entries, highest, ids);
+    let mut calls = calls(journal.entries, highest, ids);
     let http = ResponseContext {
         origins: &boot.settings.http_origins,
         date: HttpDate(unix_seconds()),
@@ -178,7 +179,7 @@ fn recover_connections(
         let Some(socket) = (unsafe { clone_files::take_fd(fd) }) else {
             continue;
         };
-        let record = &book.progress.records[index];
+        let record = &journal.progress.records[index];
         let owed = UnsentData::of(record.owed.load(Relaxed));
         let came = packet.filter(|_| owed == UnsentData::InPacket);
         let came = came.and_then(|packet| adoption_queue::decode_packet(packet, None));
@@ -190,13 +191,13 @@ fn recover_connections(
                 .remove(&record.token.load(Relaxed))
                 .unwrap_or_default(),
         };
-        let moment = book.progress.moment;
+        let moment = journal.progress.moment;
         let (receiving, sending) = (
             receiving(moment, index, &socket),
             sending(moment, index, &socket),
         );
         match crate::worker::crash::recovery::decide(&held, receiving, sending, http) {
-            // The worker may have handed it over. Then the worker that took it counts its end.
+            // The dead worker may have handed this connection over. Then the worker that has adopted it counts its end.
             Recovery::Close if held.note & journal::note::GIVEN != 0 => {}
             Recovery::Close => writer.add(&writer.block.closed[CloseReason::Crash as usize], 1),
             Recovery::Reset => reset(boot, &socket),
@@ -241,21 +242,21 @@ fn count_moved(writer: BlockWriter) {
 }
 
 /// Returns the used connection records, each with its descriptor.
-fn connections(book: SharedJournal) -> Vec<(usize, RawFd)> {
+fn connections(journal: SharedJournal) -> Vec<(usize, RawFd)> {
     let fd =
         |record: &ConnectionRecord| RawFd::try_from(record.fd.load(Acquire).checked_sub(1)?).ok();
-    let records = book.progress.records.iter().enumerate();
+    let records = journal.progress.records.iter().enumerate();
     records
         .filter_map(|(index, record)| Some((index, fd(record)?)))
         .collect()
 }
 
-/// Returns only the descriptors.
-fn known(book: SharedJournal) -> Vec<RawFd> {
-    connections(book).into_iter().map(|(_, fd)| fd).collect()
+/// Returns the descriptors of the recorded connections.
+fn known(journal: SharedJournal) -> Vec<RawFd> {
+    connections(journal).into_iter().map(|(_, fd)| fd).collect()
 }
 
-/// Returns the unanswered calls, by the connection in their entries.
+/// Returns the unanswered calls, by the token of their connection.
 fn calls(
     entries: &[CallRecord],
     highest: u32,
@@ -281,7 +282,7 @@ fn ran(running: &[CurrentCall]) -> Vec<(u64, u32)> {
 }
 
 fn call(entry: &CallRecord, ids: Option<i32>) -> UnansweredCall {
-    // Without a key the method is that of an earlier call of this entry.
+    // If the key is 0, the method is that of an earlier call that used this record.
     let is_named = entry.key.load(Relaxed) != 0;
     let length = entry.id_length.load(Relaxed).checked_sub(1);
     UnansweredCall {

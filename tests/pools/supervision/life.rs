@@ -254,9 +254,9 @@ fn programs_are_recycled_and_the_fresh_one_is_ready_first() {
             pid(&mut client) != first
         });
         let key = keys.split(' ').next().unwrap();
-        setting
-            .daemon
-            .wait_log(&format!("is replaced, because it has reached {key}"));
+        setting.daemon.wait_log(&format!(
+            "the program is replaced, because it has reached {key}"
+        ));
         wait_for("the end of the first", PATIENCE, || {
             process::state(first).is_none()
         });

@@ -14,7 +14,7 @@ use crate::config::StackSignal;
 use crate::handler::job_attempt::{JobAttempt, ProgramEnd};
 use crate::handler::pool::definition::ProgramExit;
 use crate::handler::pool::dispatcher::SupervisorEvent;
-use crate::handler::pool::entry::{Entry, Recall, Why};
+use crate::handler::pool::entry::{EndCause, Entry, Recall};
 use crate::handler::pool::parallel::ParallelCalls;
 use crate::handler::pool::process::Process;
 use crate::handler::pool::program_connection::ProgramConnection;
@@ -46,7 +46,7 @@ impl ProgramSupervisor {
         let name = &self.post.pool.name;
         log::log!(
             level,
-            "pool {name} [{pid}]: is replaced, because it has reached {key}"
+            "pool {name} [{pid}]: the program is replaced, because it has reached {key}"
         );
     }
 
@@ -113,7 +113,12 @@ impl ProgramSupervisor {
     }
 
     /// Ends the serving program. Answers its calls, or lets them wait for another program.
-    pub(super) fn end_serving(&mut self, connection: ProgramConnection, why: &Why, now: Millis) {
+    pub(super) fn end_serving(
+        &mut self,
+        connection: ProgramConnection,
+        why: &EndCause,
+        now: Millis,
+    ) {
         let serving = self.serving.take();
         let serving = serving.expect("only a program that serves is ended so");
         if self.post.pool.is_of_connection() {
@@ -128,20 +133,22 @@ impl ProgramSupervisor {
         let health = serving.usage.health(now);
         let oom_kills = serving.process.oom_kills;
         let (what, ended, by_itself) = match why {
-            Why::Died => self.how_it_ended(serving.process, now),
-            Why::Broken(problem) => (
+            EndCause::Died => self.how_it_ended(serving.process, now),
+            EndCause::Broken(problem) => (
                 format!("was killed, because it sent no valid answer: {problem}"),
                 serving.process.end(now),
                 false,
             ),
-            Why::GivenUp | Why::Leaving => (String::new(), serving.process.end(now), false),
+            EndCause::GivenUp | EndCause::Leaving => {
+                (String::new(), serving.process.end(now), false)
+            }
         };
         pool.count_exit(match (why, ended.map(|child| child.exit)) {
-            (Why::Leaving, _) => ProgramExit::Ordered,
-            (Why::GivenUp, _) => ProgramExit::Timeout,
-            (Why::Broken(_), _) => ProgramExit::Protocol,
-            (Why::Died, Some(Exit::Code(_))) => ProgramExit::Exit,
-            (Why::Died, _) => ProgramExit::Signal,
+            (EndCause::Leaving, _) => ProgramExit::Ordered,
+            (EndCause::GivenUp, _) => ProgramExit::Timeout,
+            (EndCause::Broken(_), _) => ProgramExit::Protocol,
+            (EndCause::Died, Some(Exit::Code(_))) => ProgramExit::Exit,
+            (EndCause::Died, _) => ProgramExit::Signal,
         });
         // If we have killed it, SIGKILL says nothing about the cause.
         let is_killed = by_itself && ended.is_some_and(is_from_outside);
@@ -150,13 +157,13 @@ impl ProgramSupervisor {
         let is_out_of_memory =
             is_killed && is_sigkill && oom_kills.is_some() && oom_kills < oom_kill_count();
         let end = match why {
-            Why::Died if is_out_of_memory => ProgramEnd::SharedFault,
-            Why::Died if is_killed => ProgramEnd::Killed,
-            Why::Died | Why::Broken(_) if parallel.len() > 1 => ProgramEnd::SharedFault,
-            Why::Died => ProgramEnd::Fault,
-            Why::Broken(_) => ProgramEnd::None,
+            EndCause::Died if is_out_of_memory => ProgramEnd::SharedFault,
+            EndCause::Died if is_killed => ProgramEnd::Killed,
+            EndCause::Died | EndCause::Broken(_) if parallel.len() > 1 => ProgramEnd::SharedFault,
+            EndCause::Died => ProgramEnd::Fault,
+            EndCause::Broken(_) => ProgramEnd::None,
             // If an attempt was given up, its own state says why it has ended.
-            Why::GivenUp | Why::Leaving => ProgramEnd::Other,
+            EndCause::GivenUp | EndCause::Leaving => ProgramEnd::Other,
         };
         for entry in running.iter().chain(&parallel) {
             if let Some(attempt) = &entry.call.state.identity().attempt {
@@ -175,14 +182,14 @@ impl ProgramSupervisor {
             "" => "was killed: its caller had left, or its timeout was over",
             what => what,
         };
-        if *why != Why::Leaving {
+        if *why != EndCause::Leaving {
             self.record_death((pid, serving.since), ended, last, told);
         }
         for entry in parallel {
             let error = match why {
-                Why::Leaving => RpcError::of(Code::Stopping, "its process exits", true),
+                EndCause::Leaving => RpcError::of(Code::Stopping, "its process exits", true),
                 // One of several calls has caused it, but it is not known which.
-                Why::Died | Why::Broken(_) | Why::GivenUp => {
+                EndCause::Died | EndCause::Broken(_) | EndCause::GivenUp => {
                     let text = format!("the program of the pool {name} that ran it {told}");
                     RpcError::of(Code::Crashed, text, true)
                 }
@@ -193,22 +200,22 @@ impl ProgramSupervisor {
         let unread_running = left_unread && next.is_none();
         if let Some(entry) = running {
             let error = match why {
-                Why::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
-                Why::Leaving => RpcError::of(Code::Stopping, "its process exits", true),
-                Why::Broken(problem) => {
+                EndCause::GivenUp => RpcError::of(Code::Cancelled, "the call was abandoned", true),
+                EndCause::Leaving => RpcError::of(Code::Stopping, "its process exits", true),
+                EndCause::Broken(problem) => {
                     let text = format!("the program of the pool {name} sent no answer: {problem}");
                     RpcError::of(Code::BadOutput, text, true)
                 }
-                Why::Died => {
+                EndCause::Died => {
                     let text = format!("the program of the pool {name} that ran it {what}");
                     RpcError::of(Code::Crashed, text, !unread_running)
                 }
             };
-            self.answer_or_repeat(entry, unread_running && *why == Why::Died, error);
+            self.answer_or_repeat(entry, unread_running && *why == EndCause::Died, error);
         }
         if let Some(entry) = next {
             let text = format!(
-                "the program of the pool {name} that had just got it was ended with the call before"
+                "the program of the pool {name} had just received this call when it ended with its previous call"
             );
             let error = RpcError::of(Code::Crashed, text, !left_unread);
             self.answer_or_repeat(entry, left_unread, error);

@@ -21,8 +21,8 @@ use crate::handler::call_state::Reports;
 use crate::handler::pool::boot::{Boot, SpareRoom};
 use crate::handler::pool::definition::Pool;
 use crate::handler::pool::dispatcher::{SupervisorEvent, SupervisorOrder};
+use crate::handler::pool::entry::ProgramCalls;
 use crate::handler::pool::entry::Recall;
-use crate::handler::pool::entry::Tally;
 use crate::handler::pool::life::{ProgramLimits, ProgramUsage};
 use crate::handler::pool::process::Process;
 use crate::handler::pool::program_connection::ProgramConnection;
@@ -44,7 +44,7 @@ struct Serving {
     /// When it was started.
     since: Millis,
     usage: ProgramUsage,
-    tally: Arc<Tally>,
+    tally: Arc<ProgramCalls>,
     /// Why the program was asked back; `None` once it has come back.
     asked: Option<Recall>,
     /// Whether the dispatcher knows that it has ended.
@@ -316,7 +316,7 @@ impl ProgramSupervisor {
         let name = &self.post.pool.name;
         log::debug!("pool {name} [{}]: is ready", fresh.process.pid());
         let program = self.post.pool.program(fresh.process.pid());
-        let tally = Arc::new(Tally::of(program));
+        let tally = Arc::new(ProgramCalls::of(program));
         fresh.process.calls = Some(Arc::clone(&tally));
         let enough = self.rules.max_calls;
         let connection = ProgramConnection::new(

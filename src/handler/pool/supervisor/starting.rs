@@ -195,7 +195,7 @@ impl ProgramSupervisor {
             };
             let Some(used) = used else {
                 let text = if must_say && !fresh.is_ready {
-                    "has sent something else than {\"out\": \"ready\"} at its start"
+                    "has sent something other than {\"out\": \"ready\"} at its start"
                 } else {
                     "has sent something before it was asked"
                 };

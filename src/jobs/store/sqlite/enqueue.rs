@@ -15,13 +15,13 @@ pub fn enqueue(batch: &mut SqlBatch<'_>, jobs: &[NewJob]) -> rusqlite::Result<En
     let mut store_all = |batch: &mut SqlBatch<'_>| -> rusqlite::Result<bool> {
         for (index, job) in jobs.iter().enumerate() {
             refusal = Some(match store(batch, job)? {
-                Stored::As(job) => {
+                StoreOutcome::Stored(job) => {
                     stored.push(job);
                     continue;
                 }
-                Stored::Conflict => EnqueueReply::Conflict { index, id: job.id },
-                Stored::TooMany => EnqueueReply::TooMany,
-                Stored::StoreFull => EnqueueReply::StoreFull,
+                StoreOutcome::Conflict => EnqueueReply::Conflict { index, id: job.id },
+                StoreOutcome::TooMany => EnqueueReply::TooMany,
+                StoreOutcome::StoreFull => EnqueueReply::StoreFull,
             });
             return Ok(false);
         }
@@ -37,7 +37,7 @@ pub fn enqueue(batch: &mut SqlBatch<'_>, jobs: &[NewJob]) -> rusqlite::Result<En
     Ok(refusal.unwrap_or(EnqueueReply::Stored(stored)))
 }
 
-/// Stores exported jobs, except those that the store has already. A live job is also left out if another live job has
+/// Stores exported jobs, except those that the store already has. A live job is also left out if another live job has
 /// its method and key. Returns how many were stored.
 pub fn import(batch: &mut SqlBatch<'_>, jobs: &[JobDetails]) -> rusqlite::Result<usize> {
     let mut stored = 0;
@@ -59,36 +59,36 @@ pub fn import(batch: &mut SqlBatch<'_>, jobs: &[JobDetails]) -> rusqlite::Result
 }
 
 /// What became of one job.
-enum Stored {
-    As(EnqueuedJob),
+enum StoreOutcome {
+    Stored(EnqueuedJob),
     Conflict,
     TooMany,
     StoreFull,
 }
 
-fn store(batch: &mut SqlBatch<'_>, job: &NewJob) -> rusqlite::Result<Stored> {
+fn store(batch: &mut SqlBatch<'_>, job: &NewJob) -> rusqlite::Result<StoreOutcome> {
     if let Some((method, params, existing)) = known(batch, job.id)? {
         let is_same = method == job.method && params == job.params;
         return Ok(if is_same {
-            Stored::As(existing)
+            StoreOutcome::Stored(existing)
         } else {
-            Stored::Conflict
+            StoreOutcome::Conflict
         });
     }
     if let Some(key) = &job.key
         && let Some(existing) = live_with_key(batch, &job.method, key)?
     {
-        return Ok(Stored::As(existing));
+        return Ok(StoreOutcome::Stored(existing));
     }
     if batch.is_full {
-        return Ok(Stored::StoreFull);
+        return Ok(StoreOutcome::StoreFull);
     }
     if batch.live >= batch.limits.max_jobs {
-        return Ok(Stored::TooMany);
+        return Ok(StoreOutcome::TooMany);
     }
     let due_ms = job.due.at(batch.now);
     insert(batch, job, sql_int(due_ms))?;
-    Ok(Stored::As(EnqueuedJob {
+    Ok(StoreOutcome::Stored(EnqueuedJob {
         id: job.id,
         state: JobState::Waiting,
         is_new: true,
@@ -132,7 +132,7 @@ fn insert(batch: &mut SqlBatch<'_>, job: &NewJob, due_at: i64) -> rusqlite::Resu
     Ok(())
 }
 
-/// Inserts an exported job. If it ran, its attempt counts as lost, and it waits again.
+/// Inserts an exported job. If the job was running at the export, its attempt counts as lost and the job waits again.
 fn insert_imported(batch: &mut SqlBatch<'_>, job: &JobDetails) -> rusqlite::Result<()> {
     let record = &job.record;
     let counters = &record.counters;

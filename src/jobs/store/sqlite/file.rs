@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, statfs};
@@ -17,6 +17,9 @@ use super::wal::{self, WalState};
 
 /// The first bytes of each SQLite database.
 const MAGIC: &[u8; 16] = b"SQLite format 3\0";
+
+/// How often a write-ahead log that looks damaged is read.
+const LOG_READS: usize = 10;
 
 /// The first bytes of a rollback journal that is complete.
 const JOURNAL_MAGIC: [u8; 8] = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
@@ -155,23 +158,53 @@ pub fn create(path: &Path) -> Result<(), OpenError> {
 /// The log is damaged or cannot be read.
 pub fn check_log(path: &Path) -> Result<(), OpenError> {
     let log = log_of(path);
-    let state = match File::open(&log) {
-        Ok(file) => wal::scan(&mut io::BufReader::with_capacity(1 << 16, file)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => Err(error),
-    };
-    match state.map_err(|error| unreadable(&log, &error))? {
-        WalState::Whole => Ok(()),
-        WalState::Damaged { frame } => Err(OpenError::new(
+    match first_damage(|| read_log(&log)) {
+        Ok(None) => Ok(()),
+        Ok(Some(frame)) => Err(OpenError::new(
             path,
             format!(
-                "its write-ahead log {} is damaged at frame {frame}, and jobs behind it would be lost",
+                "its write-ahead log {} is damaged at frame {frame}, so the changes after this frame cannot be read",
                 log.display()
             ),
-            "restore both files from a copy; or move the log away to continue without these jobs",
+            "restore both files from a copy; or move the log away to continue: then all changes that are only in this \
+             log are lost",
         )
         .damaged()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(unreadable(&log, &error)),
     }
+}
+
+/// Reads a log until its state is certain. Returns the number of its first damaged frame. Another process may write the
+/// log meanwhile. Then a frame can look damaged, but not at the same place a second time in the same log. A log that looks
+/// different each time is in use, and not damaged.
+///
+/// # Errors
+/// That of `read`.
+pub fn first_damage(
+    mut read: impl FnMut() -> io::Result<([u8; wal::HEADER], WalState)>,
+) -> io::Result<Option<u64>> {
+    let mut before = None;
+    for _ in 0..LOG_READS {
+        let found = read()?;
+        let WalState::Damaged { frame } = found.1 else {
+            return Ok(None);
+        };
+        if before == Some(found) {
+            return Ok(Some(frame));
+        }
+        before = Some(found);
+    }
+    Ok(None)
+}
+
+/// Reads a write-ahead log. Returns its header, which changes when the log begins again, and its state.
+fn read_log(log: &Path) -> io::Result<([u8; wal::HEADER], WalState)> {
+    let mut header = [0; wal::HEADER];
+    let read = File::open(log)?.read_at(&mut header, 0)?;
+    header[read..].fill(0);
+    let mut file = io::BufReader::with_capacity(1 << 16, File::open(log)?);
+    Ok((header, wal::scan(&mut file)?))
 }
 
 /// Refuses a file that is shorter than its own header says. `pages` is the size by that header.

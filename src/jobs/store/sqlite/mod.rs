@@ -162,7 +162,7 @@ fn refuse_lone_log(path: &Path, has_content: bool) -> Result<(), OpenError> {
             "it is missing or empty, but its write-ahead log {} has jobs",
             log.display()
         ),
-        "put it back; or move the log away to begin with an empty store",
+        "put it back; or move the write-ahead log away to begin with an empty store",
     )
     .damaged())
 }

@@ -573,6 +573,25 @@ fn a_log_that_was_begun_again_is_whole() {
     );
 }
 
+/// A log is read while another process writes it: what looks damaged must look so twice, in the same log.
+#[test]
+fn a_log_that_is_being_written_is_not_called_damaged() {
+    let damage = |reads: &[(u8, Option<u64>)]| {
+        let mut reads = reads.iter();
+        let read = || {
+            let (log, frame) = reads.next().copied().unwrap_or((0, None));
+            let state = frame.map_or(WalState::Whole, |frame| WalState::Damaged { frame });
+            Ok(([log; wal::HEADER], state))
+        };
+        file::first_damage(read).unwrap()
+    };
+    assert_eq!(damage(&[(1, None)]), None);
+    assert_eq!(damage(&[(1, Some(5)), (1, None)]), None);
+    assert_eq!(damage(&[(1, Some(5)), (2, Some(5)), (2, Some(7))]), None);
+    assert_eq!(damage(&[(1, Some(5)), (1, Some(5))]), Some(5));
+    assert_eq!(damage(&[(1, Some(5)), (2, Some(5)), (2, Some(5))]), Some(5));
+}
+
 #[test]
 fn a_store_that_is_moved_or_deleted_is_broken() {
     let (_directory, path) = place();

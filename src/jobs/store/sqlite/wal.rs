@@ -9,7 +9,8 @@
 
 use std::io::{self, Read};
 
-const HEADER: usize = 32;
+/// The length of the header of a log.
+pub const HEADER: usize = 32;
 const FRAME_HEADER: usize = 24;
 /// The magic number without its last bit, which says how the words of the checksum are stored.
 const MAGIC: u32 = 0x377f_0682;
