@@ -79,13 +79,18 @@ impl JobInfo {
     /// Describes the end of a job without a result.
     pub(super) fn describe(&self) -> String {
         let JobInfo {
-            id, state, attempt, ..
+            id,
+            state,
+            attempt,
+            interruptions,
+            ..
         } = self;
         let mut text = format!("job {id} is {state}");
         if let Some(reason) = &self.reason {
             text += &format!(" ({reason})");
         }
         text += &match attempt {
+            0 if *interruptions > 0 => " after interrupted attempts only".to_owned(),
             0 => " without an attempt".to_owned(),
             1 => " after 1 attempt".to_owned(),
             _ => format!(" after {attempt} attempts"),

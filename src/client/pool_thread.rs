@@ -140,7 +140,11 @@ impl PoolThread {
             };
             // The end of the pool cuts the delay short.
             if self.stop.recv_timeout(delay) != Err(RecvTimeoutError::Timeout) {
-                return Err(error.or_earlier(unclear));
+                let last = match error.is_safe_to_repeat() {
+                    true => ClientError::Ended,
+                    false => error,
+                };
+                return Err(last.or_earlier(unclear));
             }
             if !error.is_safe_to_repeat() {
                 unclear = Some(error);

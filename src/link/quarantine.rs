@@ -162,7 +162,8 @@ impl Quarantine {
         if self.board.suspect_count.load(Relaxed) > 0
             && let Some(place) = place_of(&self.board.suspects, key)
         {
-            self.board.suspects[place].store(0, Relaxed);
+            // The master may have put another call there meanwhile.
+            let _ = self.board.suspects[place].compare_exchange(key, 0, Relaxed, Relaxed);
         }
     }
 }

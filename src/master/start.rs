@@ -1,8 +1,8 @@
 //! Starts a master: takes the lock, opens the listeners, writes the pid, catches signals. The order
 //! matters.
 //!
-//! If the start fails, everything that it has made is removed. The error is returned for the shell or the
-//! service manager that waits.
+//! If the start fails, its sockets and its pid file are removed. Log files, directories and a job store stay. The error
+//! is returned for the shell or the service manager that waits.
 
 use std::rc::Rc;
 

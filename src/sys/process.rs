@@ -215,7 +215,8 @@ thread_local! {
 /// have reaped (ru_utime and ru_stime, getrusage(2)); and the highest resident memory of one in bytes.
 pub type ReapedUse = (Pid, Duration, u64);
 
-/// Takes what the children have used that this thread has reaped since the last call; all 0 if there were none.
+/// Returns the resource use of the children that this thread has reaped since the last call, and resets it. All values
+/// are 0 if there were none.
 pub fn take_reaped_use() -> ReapedUse {
     REAPED.replace((Pid(0), Duration::ZERO, 0))
 }

@@ -133,10 +133,16 @@ fn wait_more_stored(daemon: &Daemon, more: i64) {
 fn acknowledged_jobs_survive_a_kill_of_all_processes_under_load() {
     let mut daemon = Daemon::builder().config(CONFIG).start();
     for round in 1..=3 {
-        let answers = enqueue_during(&daemon, || {
+        let mut answers = enqueue_during(&daemon, || {
             wait_stored(&daemon, 40 * round);
             send_kills(&daemon);
         });
+        // A keeper that is killed after its worker may have answered that the job is perhaps stored.
+        let is_doubtful = |answer: &Value| {
+            let error = &answer["result"];
+            error["name"] == "crashed" && error["started"] == true
+        };
+        answers.others.retain(|answer| !is_doubtful(answer));
         kill_all(&mut daemon);
         daemon = daemon.start_again();
         // A thread of the killed server may still have the lock.

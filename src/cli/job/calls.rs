@@ -15,6 +15,9 @@ use crate::client::retry::Retry;
 use crate::client::{Client, ClientError, EnqueueOptions, new_job_id};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
+use crate::protocol::call::JOB_ENQUEUE;
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
 
 /// The longest wait for an answer to a call that does not wait for a job.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -64,10 +67,19 @@ fn unclear(method: &str, id: &str, error: ClientError) -> Error {
         ClientError::Refused(error) if may_be_stored => {
             Error::Refused(refusal(method, &error) + &hint)
         }
+        ClientError::Refused(error) if is_without_jobs(&error) => Error::Refused(format!(
+            "{}\nthis server has no durable jobs; add the table [jobs] with its store to the configuration",
+            refusal(method, &error)
+        )),
         ClientError::Refused(error) => Error::Refused(refusal(method, &error)),
         error if may_be_stored => Error::Protocol(error.to_string() + &hint),
         error => error.into(),
     }
+}
+
+/// Returns whether the server has no method for enqueues.
+fn is_without_jobs(error: &RpcError) -> bool {
+    error.table_code() == Some(Code::MethodNotFound) && error.message.contains(JOB_ENQUEUE)
 }
 
 /// Waits until a job has ended. Returns its result.
@@ -149,8 +161,6 @@ fn failed(what: &str, error: ClientError) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::code::Code;
-    use crate::protocol::rpc_error::RpcError;
     use std::io;
 
     #[test]

@@ -46,7 +46,18 @@ fn report(jobs: &JobsConfig) -> Result<String> {
         Some(pid) => format!("used by the server with pid {pid}"),
         None => "not used by a server".to_owned(),
     };
-    let text = match (sqlite::inspect(path, true)?, master) {
+    let inspected = sqlite::inspect(path, true).map_err(|error| match master {
+        // What the remedy says must not be done while the server uses the store.
+        Some(pid) => OpenError {
+            remedy: format!(
+                "stop the server with pid {pid} first; then {}",
+                error.remedy
+            ),
+            ..error
+        },
+        None => error,
+    });
+    let text = match (inspected?, master) {
         // The lock file is never removed.
         (None, None) if lock.exists() => format!(
             "{}: there is no store, although a server has used one there; put it back, or the next start creates \
@@ -61,7 +72,8 @@ fn report(jobs: &JobsConfig) -> Result<String> {
             return Err(OpenError::new(
                 path,
                 format!("there is no store, although the server with pid {pid} uses this path"),
-                "if the file was moved or deleted, stop the server and put the file back; if the server is starting, run this again when it has created the file",
+                "if the file was moved or deleted, stop the server and put the file back; if the server is starting, run this \
+                 again when it has created the file",
             )
             .into());
         }

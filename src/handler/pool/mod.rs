@@ -51,7 +51,7 @@ use wire::PIECE;
 
 /// The stack size of a supervisor, which runs no foreign code.
 const STACK: usize = 256 * 1024;
-/// How long a program may take to exit with its worker, before SIGTERM and after it.
+/// How long a program may take to exit with its process: this time before SIGTERM, and again before SIGKILL.
 const GRACE: Duration = Duration::from_secs(1);
 /// How long a program may take to exit if the master has died. It is shorter, because all programs must be gone one
 /// second after the master's death.
@@ -316,7 +316,7 @@ impl Pools {
                 }
             }
         }
-        // While programs are replaced, only as many calls are accepted as any of them can run.
+        // While programs are replaced, a call may go to an old or to a new one, so the smaller concurrency counts.
         self.concurrency = match self.rollout.is_done() {
             true => pool.concurrency(),
             false => self.concurrency.min(pool.concurrency()),

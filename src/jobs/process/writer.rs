@@ -65,6 +65,7 @@ pub fn start(init: WriterInit) -> std::io::Result<()> {
         is_closing: false,
         schedule: WriterSchedule::default(),
         leftovers: Leftovers::default(),
+        broken_by: String::new(),
         init,
     };
     let (events, waker) = (writer.init.events.clone(), Arc::clone(&writer.init.waker));
@@ -98,6 +99,8 @@ struct Writer {
     is_closing: bool,
     schedule: WriterSchedule,
     leftovers: Leftovers,
+    /// Why the store is broken.
+    broken_by: String,
 }
 
 impl Writer {
@@ -180,9 +183,9 @@ impl Writer {
     fn admit(&mut self, submitted: SubmittedRequest) {
         let is_enqueue = matches!(submitted.request, StoreRequest::Enqueue(_));
         let refusal = match self.health.state() {
-            StoreState::Broken => Some((StoreFault::Corrupt, "the store is damaged")),
+            StoreState::Broken => Some((StoreFault::Corrupt, self.broken_by.clone())),
             StoreState::Full if is_enqueue && !self.health.may_try(monotonic_ms()) => {
-                Some((StoreFault::Full, "the disk of the store is full"))
+                Some((StoreFault::Full, "the disk of the store is full".to_owned()))
             }
             _ => None,
         };
@@ -393,6 +396,7 @@ impl Writer {
         // While the store is away, clients continue to send, and their requests are withdrawn one by one.
         self.pending.drop_withdrawn();
         if self.health.state() == StoreState::Broken {
+            self.broken_by.clone_from(&error.detail);
             for submitted in self.pending.take_all() {
                 self.send(StoreEvent::Failed(submitted.ticket, error.clone()));
             }

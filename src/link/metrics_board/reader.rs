@@ -242,7 +242,8 @@ impl BoardReader {
                 let slow = block.methods[place].slow.load(Relaxed);
                 totals.slow = totals.slow.wrapping_add(slow);
             }
-            // So does the process that runs a command. These counters share pages with those of calls.
+            // The process that runs a command counts its CPU time, also if another process answers the call. These
+            // counters share pages with those of calls, so reading them touches no unused page.
             let cpu = block.command_cpu_ns[place].load(Relaxed);
             totals.command_cpu_ns = totals.command_cpu_ns.wrapping_add(cpu);
             let calls = block.calls[place].load(Acquire);

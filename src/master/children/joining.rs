@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use super::workers::{Children, GenerationContext, WorkerHandle};
 use crate::link::call_link;
 use crate::link::ids::{Generation, Pid, Slot};
-use crate::link::message::{JOBS_LANE, Order, PoolLink, SessionLink};
+use crate::link::message::{JOBS_LANE, Message, Order, PoolLink, SessionLink};
 use crate::master::policy::event::{Event, Millis};
 use crate::sys::process::monotonic;
 
@@ -34,11 +34,17 @@ pub fn join_pools(children: &mut Children, pid: Pid) {
 /// Passes the connection of a command to the ready jobs process of the latest generation. Returns false if there
 /// is none, or its link is full.
 pub fn pass_command(children: &Children, connection: BorrowedFd<'_>) -> bool {
-    let Some((pid, _)) = latest_jobs_process(children) else {
+    let Some((pid, handle)) = latest_jobs_process(children) else {
         return false;
     };
-    let sent = children.send(pid, Order::JobCommand, Some(connection));
-    sent.is_ok()
+    let message = Message {
+        pid,
+        generation: handle.generation,
+        body: Order::JobCommand,
+    };
+    // A process that has died has no link, or one that fails, until it is reaped.
+    let link = handle.link.as_ref();
+    link.is_some_and(|link| link.send(message, Some(connection)).is_ok())
 }
 
 /// Returns the ready jobs process of the latest generation.
@@ -71,7 +77,8 @@ fn belong_together(one: &WorkerHandle, other: &WorkerHandle) -> bool {
     match (&one.pool, &other.pool) {
         (Some(pool), None) => pool.serves(other.generation),
         (None, Some(pool)) => pool.serves(one.generation),
-        _ => one.generation == other.generation,
+        (Some(_), Some(_)) => false,
+        (None, None) => one.generation == other.generation,
     }
 }
 
@@ -152,7 +159,9 @@ pub fn join_session(children: &Children, acceptor: Pid, link: SessionLink) {
             children.order(pool, order, Some(one_end.as_fd()));
             children.order(acceptor, order, Some(other_end.as_fd()));
         }
-        Err(error) => log::warn!("could not link a session and pool process {pool}: {error}"),
+        Err(error) => log::warn!(
+            "could not link a session of acceptor {acceptor} with process {pool}: {error}"
+        ),
     }
 }
 
@@ -258,7 +267,11 @@ pub fn answer_to_update(
     let pool = handle.and_then(|handle| handle.pool.as_mut());
     let outcome = match pool {
         Some(pool) if !is_ready => Err(pool.reason()),
-        _ => Ok(()),
+        Some(pool) => {
+            pool.discard_table();
+            Ok(())
+        }
+        None => Ok(()),
     };
     Event::PoolUpdated {
         pid,

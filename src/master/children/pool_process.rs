@@ -109,6 +109,11 @@ impl PoolProcess {
         Ok(self.table.insert(file))
     }
 
+    /// Closes the table that the process has taken. Otherwise children that are forked later would inherit it.
+    pub fn discard_table(&mut self) {
+        self.table = None;
+    }
+
     /// Reads why the process has not taken the table.
     pub fn reason(&mut self) -> String {
         let read = |file| memory_file::read(file, MAX_REASON_LEN).ok();
@@ -196,7 +201,8 @@ pub struct PoolHealth {
 impl PoolHealth {
     /// Writes the last time into the record of a pool process that is about to be forked.
     pub fn begin(&mut self, process: &PoolProcess, record: &WorkerRecord) {
-        let last = self.ready_ms.remove(process.pool.name());
+        // It stays here, because the fork may fail.
+        let last = self.ready_ms.get(process.pool.name()).copied();
         record
             .pool_ready_ms
             .store(last.unwrap_or_else(monotonic_ms), Relaxed);
@@ -205,7 +211,8 @@ impl PoolHealth {
     /// Reads the time from the record of a process that has ended. `pool` is `None` if it was no pool process.
     pub fn end(&mut self, pool: Option<&PoolProcess>, record: &WorkerRecord) {
         if let Some(process) = pool {
-            let ready = record.pool_ready_ms.load(Relaxed);
+            // The process writes it, so it may be anything.
+            let ready = record.pool_ready_ms.load(Relaxed).min(monotonic_ms());
             let last = self.ready_ms.entry(process.pool.name().to_owned());
             let last = last.or_default();
             *last = ready.max(*last);

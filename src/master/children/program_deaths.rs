@@ -1,4 +1,5 @@
-//! Reads the deaths of a pool's programs from the memory that its pool process, or its sessions, write.
+//! Reads the deaths of a pool's programs from the memory that its pool process writes. `own_programs` does that for the
+//! programs of sessions.
 //!
 //! A child is never trusted: its texts are shortened and cleaned, and a death in the future counts as one of now. It
 //! can report false deaths, but only of its own pool, and not more than are kept.

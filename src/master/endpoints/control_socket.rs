@@ -64,6 +64,8 @@ impl ControlSocket {
             let remedy = if error.kind() == io::ErrorKind::AddrInUse {
                 "another master answers there: start a second server with --name NAME, or set \
                  pid-file and control-socket; else stop the other one"
+            } else if path.exists() {
+                "remove the file there if nothing else needs it; or set control-socket to another path"
             } else {
                 "set control-socket to a path that this user may write"
             };

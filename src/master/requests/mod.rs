@@ -97,7 +97,7 @@ fn stop_after(master: &mut Master<'_>, delay: Millis) {
     handle_event(master, Event::StopAfter { delay });
     // This program must carry out the order, so no upgrade and no rollback may follow.
     cancel_upgrade(master);
-    // Its clients would wait until the stop.
+    // The clients that have asked for a reload would wait until the stop.
     let reason = master.stop_notice();
     refuse_next_reload(master, &reason);
     for (pid, _) in master.workers.iter() {

@@ -1,4 +1,4 @@
-//! Holds the stage of an upgrade: requested, probing, executed and waiting for its reload, or rolling back.
+//! Holds the stage of an upgrade: requested, probing, probed, executed and waiting for its reload, or rolling back.
 //!
 //! This file only keeps the state. The main loop polls the probe, and `requests/upgrade_driver.rs` carries out the
 //! steps.

@@ -101,7 +101,9 @@ pub(super) fn read(
             let text = format!("more than {HEADERS_MAX} headers");
             return Err(RejectedRequest::new(431, text));
         }
-        Err(Error::Version) => return Err(malformed("the version is not HTTP/1")),
+        Err(Error::Version) => {
+            return Err(malformed("the version is neither HTTP/1.0 nor HTTP/1.1"));
+        }
         Err(error) => return Err(malformed(&error.to_string())),
         Ok(Status::Partial) => return Err(malformed("the head is incomplete")),
     }
@@ -246,7 +248,7 @@ pub(super) fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedReq
         let times = fields.codings.iter().filter(|it| chunked(it)).count();
         if old || fields.lengths > 0 || !chunked(&last) || times != 1 {
             return Err(malformed(
-                "Transfer-Encoding is chunked, in HTTP/1.1, without a Content-Length beside it",
+                "Transfer-Encoding must be chunked, in HTTP/1.1, without a Content-Length beside it",
             ));
         }
         // RFC 9112, section 6.1: a coding that is not understood. `identity` is not a transfer coding since RFC 7230,
@@ -330,7 +332,7 @@ fn ask(
 
 /// Returns the method name of a path, with its percent signs decoded.
 fn method_name(path: &str) -> Result<String, RejectedRequest> {
-    let wrong = || malformed("a path whose percent-encoding is not UTF-8");
+    let wrong = || malformed("a path whose percent-encoding is not hexadecimal, or not UTF-8");
     let mut bytes = Vec::with_capacity(path.len());
     let mut rest = path.bytes();
     while let Some(byte) = rest.next() {

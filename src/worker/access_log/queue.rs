@@ -236,7 +236,7 @@ fn run(
                 output.add(line);
             }
             written += lines.len();
-            // The lines of one round are bounded, so that room is made.
+            // The lines of one round are limited, because there is room for further lines only after the flush.
             if written >= QUEUE {
                 break;
             }

@@ -193,7 +193,7 @@ fn a_program_that_keeps_dying_is_throttled_and_its_calls_are_told() {
     let setting = setting(
         "",
         "respawn-burst = 1\nrespawn-max-delay = \"400ms\"",
-        &["young deaths in a row"],
+        &["died soon after its start"],
     );
     let mut client = setting.daemon.client();
     let is_refused = |answer: &Value| {

@@ -178,7 +178,9 @@ impl ProgramSupervisor {
             (call.method, identity.id(), job)
         });
         let method = last.map(|(method, ..)| method);
+        let is_attempt = last.is_some_and(|(.., job)| job != 0);
         let told = match &*what {
+            "" if is_attempt => "was killed: the attempt of a job was given up",
             "" => "was killed: its caller had left, or its timeout was over",
             what => what,
         };

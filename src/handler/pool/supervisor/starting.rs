@@ -167,12 +167,8 @@ impl ProgramSupervisor {
             return "another one is started".into();
         }
         format!(
-            "{} in a row, so the next one is started in {:?}",
-            pluralize(
-                self.throttle.young_deaths() as usize,
-                "young death",
-                "young deaths"
-            ),
+            "it died soon after its start {} in a row, so the next one is started in {:?}",
+            pluralize(self.throttle.young_deaths() as usize, "time", "times"),
             Duration::from_millis(self.due - now)
         )
     }
@@ -197,7 +193,7 @@ impl ProgramSupervisor {
                 let text = if must_say && !fresh.is_ready {
                     "has sent something other than {\"out\": \"ready\"} at its start"
                 } else {
-                    "has sent something before it was asked"
+                    "has sent a message before it got a call"
                 };
                 return self.fresh_fails(text.into(), now);
             };

@@ -62,7 +62,10 @@ pub fn locate(configured: &Path) -> Result<StorePath, OpenError> {
     if access(directory, AccessFlags::W_OK | AccessFlags::X_OK).is_err() {
         return Err(OpenError::new(
             &path,
-            format!("the directory {} cannot be written", directory.display()),
+            format!(
+                "the directory {} cannot be written by this user",
+                directory.display()
+            ),
             "let the server's user own the directory, with mode 0700",
         ));
     }
@@ -176,8 +179,8 @@ pub fn check_log(path: &Path) -> Result<(), OpenError> {
 }
 
 /// Reads a log until its state is certain. Returns the number of its first damaged frame. Another process may write the
-/// log meanwhile. Then a frame can look damaged, but not at the same place a second time in the same log. A log that looks
-/// different each time is in use, and not damaged.
+/// log meanwhile. Then a frame can look damaged, but not at the same place a second time in the same log. A log that
+/// looks different each time is in use, and not damaged.
 ///
 /// # Errors
 /// That of `read`.
