@@ -152,7 +152,9 @@ pub fn open(
 /// Refuses to create a database beside a write-ahead log: SQLite would delete the log, whose database is missing.
 fn refuse_lone_log(path: &Path, has_content: bool) -> Result<(), OpenError> {
     let log = file::log_of(path);
-    let is_alone = !has_content && std::fs::metadata(&log).is_ok_and(|log| log.len() > 0);
+    // A log that has only a header holds nothing. The power may have failed while the store was created.
+    let has_frames = || std::fs::metadata(&log).is_ok_and(|log| log.len() > wal::HEADER as u64);
+    let is_alone = !has_content && has_frames();
     if !is_alone {
         return Ok(());
     }

@@ -550,6 +550,35 @@ fn a_log_that_would_lose_synced_groups_is_refused() {
     assert!(end_of_second > 32);
 }
 
+/// A sector that was never written may have any content, also the header of a frame behind the last group.
+#[test]
+fn a_torn_group_with_a_header_of_arbitrary_bytes_is_no_lost_group() {
+    let (_directory, path, end_of_second) = three_groups();
+    let log = OpenOptions::new()
+        .write(true)
+        .open(file::log_of(&path))
+        .unwrap();
+    let frame = 24 + 4_096;
+    assert!(log.metadata().unwrap().len() >= end_of_second + 3 * frame);
+    // The data of the first frame, and the page numbers of the second one.
+    log.write_all_at(&[0xA5; 512], end_of_second + 24).unwrap();
+    log.write_all_at(&[0xA5; 8], end_of_second + frame).unwrap();
+    assert_eq!(at(&path).unwrap().facts().waiting, 2);
+}
+
+#[test]
+fn a_store_whose_creation_was_cut_off_after_the_header_of_the_log_is_created_again() {
+    let (_directory, path) = place();
+    drop(at(&path).unwrap());
+    let log = file::log_of(&path);
+    fs::write(&path, "").unwrap();
+    fs::write(&log, [0x37; wal::HEADER]).unwrap();
+    assert_eq!(at(&path).unwrap().facts().waiting, 0);
+    fs::write(&path, "").unwrap();
+    fs::write(&log, [0x37; wal::HEADER + 1]).unwrap();
+    assert!(refusal(&path).contains("its write-ahead log"));
+}
+
 #[test]
 fn a_log_that_was_begun_again_is_whole() {
     let (_directory, path) = place();

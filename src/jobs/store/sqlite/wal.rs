@@ -3,7 +3,8 @@
 //! SQLite ends its recovery at the first damaged frame, without an error. That is right for a group that was
 //! being written when the power failed. But damage in front of synced groups would lose acknowledged jobs
 //! silently. Each commit is synced before the next one is written, and each open begins with an empty log. So
-//! behind the last good commit there is at most one other commit. If there are two, synced frames are damaged.
+//! behind the last good commit there is at most one other commit. If there are two, synced frames are damaged. Only an
+//! intact frame counts as a commit, because a sector that was never written may have any content.
 //!
 //! The format is described in "WAL-mode File Format" of SQLite's documentation.
 
@@ -39,7 +40,7 @@ pub fn scan(log: &mut impl Read) -> io::Result<WalState> {
     }
     let is_big_endian = word(&header, 0) & 1 == 1;
     let page = word(&header, 8) as usize;
-    let mut sums = checksum(&header[..24], (0, 0), is_big_endian);
+    let sums = checksum(&header[..24], (0, 0), is_big_endian);
     let is_page = (512..=65_536).contains(&page) && page.is_power_of_two();
     if sums != (word(&header, 24), word(&header, 28)) || !is_page {
         return without_header(log);
@@ -47,22 +48,23 @@ pub fn scan(log: &mut impl Read) -> io::Result<WalState> {
     let salts = &header[16..24];
     let mut frame = vec![0; FRAME_HEADER + page];
     let (mut number, mut damaged, mut commits) = (0, None, 0);
+    // The checksum of a frame continues that of the frame before it, as that frame has it.
+    let mut last_stored = sums;
     while read_up_to(log, &mut frame)? == frame.len() {
         number += 1;
+        let stored = (word(&frame, 16), word(&frame, 20));
+        let before = std::mem::replace(&mut last_stored, stored);
         if &frame[8..16] != salts {
             // It is older than the log, which was begun again in the same file.
             damaged = damaged.or(Some(number));
             continue;
         }
-        if damaged.is_none() {
-            let head = checksum(&frame[..8], sums, is_big_endian);
-            sums = checksum(&frame[FRAME_HEADER..], head, is_big_endian);
-            if sums != (word(&frame, 16), word(&frame, 20)) {
-                damaged = Some(number);
-            }
-        }
-        // The size of the database is set in the last frame of a commit alone.
-        if damaged.is_some() && word(&frame, 4) != 0 {
+        let head = checksum(&frame[..8], before, is_big_endian);
+        let is_intact = checksum(&frame[FRAME_HEADER..], head, is_big_endian) == stored;
+        if !is_intact {
+            damaged = damaged.or(Some(number));
+        } else if damaged.is_some() && word(&frame, 4) != 0 {
+            // The size of the database is set in the last frame of a commit alone.
             commits += 1;
         }
     }
