@@ -67,8 +67,8 @@ impl ClientError {
         }
     }
 
-    /// Returns the error to report if an earlier try failed with `earlier`. An error that is safe to repeat says nothing
-    /// of the earlier try, which may have been carried out.
+    /// Returns the error to report if an earlier try failed with `earlier`. An error that is safe to repeat says
+    /// nothing of the earlier try, which may have been carried out.
     pub(super) fn or_earlier(self, earlier: Option<ClientError>) -> Self {
         match earlier {
             Some(earlier) if self.is_safe_to_repeat() && !earlier.is_safe_to_repeat() => earlier,

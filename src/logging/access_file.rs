@@ -46,11 +46,10 @@ impl AccessFile {
     /// Takes a descriptor that another process has sent.
     pub fn received(fd: OwnedFd) -> Self {
         let file = File::from(fd);
-        let had_name = !file.metadata().as_ref().is_ok_and(is_nameless);
         AccessFile {
-            file,
             is_cut: AtomicBool::new(false),
-            had_name: AtomicBool::new(had_name),
+            had_name: AtomicBool::new(has_name(&file)),
+            file,
         }
     }
 
@@ -80,8 +79,7 @@ impl AccessFile {
     pub fn replace(&self, by: OwnedFd) -> io::Result<()> {
         descriptor::replace(&self.file, &by)?;
         self.is_cut.store(false, Relaxed);
-        let had_name = !self.file.metadata().as_ref().is_ok_and(is_nameless);
-        self.had_name.store(had_name, Relaxed);
+        self.had_name.store(has_name(&self.file), Relaxed);
         Ok(())
     }
 
@@ -198,6 +196,11 @@ impl AsRawFd for AccessFile {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
+}
+
+/// Returns whether a file has a name, or is no regular file.
+fn has_name(file: &File) -> bool {
+    !file.metadata().as_ref().is_ok_and(is_nameless)
 }
 
 /// Returns the first lines, as many as PIPE_BUF bytes have; one at least.

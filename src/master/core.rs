@@ -1,7 +1,7 @@
 //! Holds the state of the master, and carries out the actions of the policy.
 //!
-//! It makes no decisions, and calls no code of a higher layer. If an action concerns more than the children, `apply_actions`
-//! returns an [`ActionOutcome`], which the caller handles before the next action.
+//! It makes no decisions, and calls no code of a higher layer. If an action concerns more than the children,
+//! `apply_actions` returns an [`ActionOutcome`], which the caller handles before the next action.
 
 use std::collections::VecDeque;
 use std::io;

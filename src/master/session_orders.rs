@@ -1,6 +1,6 @@
-//! Handles sessions, which are children of acceptors: records their crashes, and adopts those whose acceptor
-//! has died. The master reaps the adopted sessions, and gives them the orders that their acceptor would have given. A stop also ends
-//! the acceptors and pool processes of the program before an upgrade, with their sessions.
+//! Handles sessions, which are children of acceptors: records their crashes, and adopts those whose acceptor has died.
+//! The master reaps the adopted sessions, and gives them the orders that their acceptor would have given. A stop also
+//! ends the acceptors and pool processes of the program before an upgrade, with their sessions.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -91,8 +91,8 @@ pub fn order_sessions(master: &mut Master<'_>) {
     }
 }
 
-/// Writes into the scoreboard which generation serves each isolated listener. Acceptors read it to learn whether another
-/// acceptor takes over.
+/// Writes into the scoreboard which generation serves each isolated listener. Acceptors read it to learn whether
+/// another acceptor takes over.
 pub fn note_serving(master: &mut Master<'_>) {
     let generation = master.fleet.generation();
     let scoreboard = master.workers.board.records();

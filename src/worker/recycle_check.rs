@@ -106,8 +106,8 @@ impl EventLoop {
         self.service.attempts.longest_drain(self.drain_timeout)
     }
 
-    /// Ends a pool process whose master is gone: when no process uses it any more, or when the longest drain has passed.
-    /// If the master has died, that is somewhat earlier, so that the process exits before the alarm of
+    /// Ends a pool process whose master is gone: when no process uses it any more, or when the longest drain has
+    /// passed. If the master has died, that is somewhat earlier, so that the process exits before the alarm of
     /// `signal::on_parent_death`.
     pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
         if let Some(since) = self.master_gone

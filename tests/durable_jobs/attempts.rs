@@ -72,8 +72,8 @@ fn record(client: &mut Client, id: &str) -> Value {
     client.call(&get)["result"].take()
 }
 
-/// Enqueues a job that ends its worker, and returns its id. The job can run, and end the worker of this client, before the
-/// answer is sent. Then the client sends the enqueue again.
+/// Enqueues a job that ends its worker, and returns its id. The job can run, and end the worker of this client, before
+/// the answer is sent. Then the client sends the enqueue again.
 #[track_caller]
 fn enqueue_deadly(daemon: &Daemon, job: &Value) -> String {
     let mut job = job.clone();

@@ -1,8 +1,9 @@
 //! Reloads and upgrades under a load of jobs: no acknowledged job is lost, no attempt is counted twice, and no client
 //! waits long for an acknowledgement.
 //!
-//! PREFORKD_JOB_RELOADS and PREFORKD_JOB_UPGRADES set how often these are done. The upgrades go to PREFORKD_JOBS_BASELINE, an older
-//! version, and back; without it, each goes to a new copy of the binary under test. `tests/jobs --reloads N` runs it.
+//! PREFORKD_JOB_RELOADS and PREFORKD_JOB_UPGRADES set how often these are done. The upgrades go to
+//! PREFORKD_JOBS_BASELINE, an older version, and back; without it, each goes to a new copy of the binary under test.
+//! `tests/jobs --reloads N` runs it.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -104,7 +105,8 @@ fn enqueue_until(daemon: &Daemon, is_over: &AtomicBool, next: &AtomicU64) -> See
     seen
 }
 
-/// Calls `act` as often as `times` says while clients enqueue. Prints how long they waited, and returns their jobs and the longest gap.
+/// Calls `act` as often as `times` says while clients enqueue. Prints how long they waited, and returns their jobs and
+/// the longest gap.
 fn act_under_load(
     daemon: &Daemon,
     next: &AtomicU64,

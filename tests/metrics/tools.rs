@@ -1,5 +1,5 @@
-//! Checks the exported metrics and the shipped files with third-party tools: promtool, a second parser, and the generator of
-//! the Grafana dashboard.
+//! Checks the exported metrics and the shipped files with third-party tools: promtool, a second parser, and the
+//! generator of the Grafana dashboard.
 //!
 //! `tests/run` unpacks Debian's package `prometheus` and makes a virtual environment. Without them a test says that
 //! it was not run.

@@ -14,7 +14,8 @@ const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
 
-/// Methods that answer with the context that they got: a command, and pool programs that use the Python helper, and one that does not.
+/// Methods that answer with the context that they got: a command, and pool programs that use the Python helper, and one
+/// that does not.
 const METHODS: &str = r#"
 [methods.command]
 command = ["sh", "-c", "printf '[\"%s\", \"%s\", \"%s\"]' \"$PREFORKD_CALL\" \"$TRACEPARENT\" \"$TRACESTATE\""]

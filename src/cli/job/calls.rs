@@ -53,8 +53,9 @@ pub(crate) fn enqueue(args: &EnqueueArgs, overrides: &Overrides) -> Result<Strin
     let mut client = Client::connect(&address, Some(ANSWER_LIMIT))?;
     let stored = client.enqueue_with(&args.method, params, &options);
     let job = stored.map_err(|error| unclear(&args.method, &id, error))?;
+    drop(client);
     match args.wait {
-        true => wait_over(client, &address, job.id()),
+        true => wait_over(None, &address, job.id()),
         false => Ok(job.id().to_owned()),
     }
 }
@@ -85,12 +86,13 @@ fn is_without_jobs(error: &RpcError) -> bool {
 /// Waits until a job has ended. Returns its result.
 pub(crate) fn wait(job: &str, target: &TargetArgs, overrides: &Overrides) -> Result<String> {
     let address = target.address(overrides)?;
-    wait_over(Client::connect(&address, None)?, &address, job)
+    // Without a server, it fails at once.
+    let client = Client::connect(&address, None)?;
+    wait_over(Some(client), &address, job)
 }
 
-/// Waits over `client`, and over new connections to `address` if that is lost.
-fn wait_over(client: Client, address: &str, job: &str) -> Result<String> {
-    let mut client = Some(client);
+/// Waits over `client`, and over new connections to `address` if there is none or it is lost.
+fn wait_over(mut client: Option<Client>, address: &str, job: &str) -> Result<String> {
     let (mut failures, mut first_failure) = (0, Instant::now());
     loop {
         let begun = Instant::now();
@@ -108,9 +110,12 @@ fn wait_over(client: Client, address: &str, job: &str) -> Result<String> {
             (failures, first_failure) = (0, Instant::now());
         }
         failures += 1;
-        match RETRY.after_repeatable(&error, failures, first_failure.elapsed()) {
-            // Something else than preforkd may be there.
-            _ if matches!(error, ClientError::Protocol(_)) => return Err(failed_wait(job, error)),
+        let delay = match error {
+            // The server there may be no preforkd.
+            ClientError::Protocol(_) => None,
+            _ => RETRY.after_repeatable(&error, failures, first_failure.elapsed()),
+        };
+        match delay {
             Some(delay) => thread::park_timeout(delay),
             None => return Err(failed_wait(job, error)),
         }

@@ -346,7 +346,8 @@ impl JobsLoop {
         self.stage = LoopStage::Draining { until_ms, is_stop };
     }
 
-    /// Ends a process whose master is gone, when no process uses it any more, or after `drain-timeout`.
+    /// Ends a process whose master is gone, when no process uses it any more, or after `drain-timeout`. It claims
+    /// nothing more once the master has died, or another jobs process has followed.
     fn leave_without_master(&mut self) {
         // The executors that are left exit soon. At an upgrade, they serve until the new program has a jobs process.
         if self.master_gone.is_some()

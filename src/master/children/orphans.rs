@@ -1,12 +1,12 @@
 //! Kills what a dead worker leaves behind: commands that it ran, and their descendants. The master is a
 //! subreaper and adopts them. Nothing else waits for them.
 //!
-//! The sweep begins with a worker's death and ends when nothing is adopted any more: the children of a
-//! killed process are adopted when it is reaped. Children that the process had before it became the master (from a
-//! shell that exec'd it) are left alone. As PID 1 the master adopts all orphans of the system, and kills only those
-//! with the mark of a dead worker (the variable PREFORKD_CALL). After an upgrade, marks distinguish leftovers from children that functions of the new
-//! host program started. [`super::mark_reader`] reads marks. Nothing here waits: each death raises SIGCHLD, and then the main loop
-//! calls this code again.
+//! The sweep begins with a worker's death and ends when nothing is adopted any more: the children of a killed process
+//! are adopted when it is reaped. Children that the process had before it became the master (from a shell that exec'd
+//! it) are left alone. As PID 1 the master adopts all orphans of the system, and kills only those with the mark of a
+//! dead worker (the variable PREFORKD_CALL). After an upgrade, marks distinguish leftovers from children that functions
+//! of the new host program started. [`super::mark_reader`] reads marks. Nothing here waits: each death raises SIGCHLD,
+//! and then the main loop calls this code again.
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
@@ -23,7 +23,8 @@ use crate::sys::process_tree::PidFd;
 use crate::sys::spawn;
 use crate::throttle::limiter::SharedLimiter;
 
-/// If this number of late readers has not ended, no reader is started, and the processes are left alone.
+/// The largest number of late readers that still run. At this limit no further reader starts, and no process is killed
+/// because of its mark.
 const MOST_LATE: usize = 4;
 /// The time until the next try when no reader could be forked.
 const RETRY: Millis = 1_000;

@@ -34,8 +34,8 @@ pub fn channel(is_awaited: bool) -> io::Result<(Option<GuardedSocket>, Option<Ow
 #[derive(Debug, Default)]
 pub struct StartupLog {
     lines: BTreeMap<Pid, (Slot, VecDeque<String>)>,
-    /// Of the children that have logged a line, the one that ended or was killed last. It is most likely the cause of the
-    /// failure.
+    /// Of the children that have logged a line, the one that ended or was killed last. It is most likely the cause of
+    /// the failure.
     ended: Option<Pid>,
 }
 
@@ -56,8 +56,9 @@ impl StartupLog {
         }
     }
 
-    /// Takes the kept lines, each after a newline. If a child with lines has ended, takes only its lines. Otherwise takes
-    /// those of all children in the order of their pids, up to the limit. Returns an empty text if there are none.
+    /// Takes the kept lines, each after a newline. If a child with lines has ended, takes only its lines. Otherwise
+    /// takes those of all children in the order of their pids, up to the limit. Returns an empty text if there are
+    /// none.
     pub fn take(&mut self) -> String {
         let mut logged = std::mem::take(&mut self.lines);
         if let Some(ended) = self.ended.take() {

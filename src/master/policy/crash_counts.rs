@@ -11,7 +11,7 @@
 //!   there were several, none is counted: otherwise a client that crashes workers could get the call
 //!   of another client quarantined.
 //!
-//! At most [`MAX_CALLS`] calls are suspected. While there are so many, crashes of other calls are not counted.
+//! At most [`MAX_CALLS`] calls are suspected. At this limit, crashes of other calls are not counted.
 //! If a call completes, its count is cleared. The third crash quarantines the call, if each crash came within an hour
 //! of the one before.
 

@@ -15,8 +15,8 @@ pub type Millis = u64;
 /// The largest number of workers that one generation can have.
 pub const MAX_COUNT: usize = 1024;
 
-/// The limits that the configuration of one generation sets for its processes. A member that an older version has not exported is 0 or
-/// false.
+/// The limits that the configuration of one generation sets for its processes. A member that an older version has not
+/// exported is 0 or false.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PolicyLimits {
@@ -115,7 +115,8 @@ pub enum Event {
     Ready {
         pid: Pid,
     },
-    /// A child got SIGTERM without an order. A worker drains already. Any other child serves until its successor is ready.
+    /// A child got SIGTERM without an order. A worker drains already. Any other child serves until its successor is
+    /// ready.
     Retiring {
         pid: Pid,
     },

@@ -90,8 +90,8 @@ const RECENT_MS: Millis = 30_000;
 /// The largest number of ends that are kept for new jobs processes.
 const MOST_RECENT: usize = 100;
 
-/// The ends of workers and pool processes: those whose evidence is incomplete, those not yet sent to a jobs process, and
-/// those sent a short time ago.
+/// The ends of workers and pool processes: those whose evidence is incomplete, those not yet sent to a jobs process,
+/// and those sent a short time ago.
 #[derive(Debug, Default)]
 pub struct ExecutorEnds {
     /// The dead workers whose keepers have not ended.
@@ -101,8 +101,8 @@ pub struct ExecutorEnds {
     recent: VecDeque<(Millis, ExecutorEnd)>,
 }
 
-/// The ends that the new program must know after an upgrade. Otherwise its jobs process would treat an attempt as killed
-/// although its worker has exited on order.
+/// The ends that the new program must know after an upgrade. Otherwise its jobs process would treat an attempt as
+/// killed although its worker has exited on order.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecutorEndsState {
     waiting: Vec<(Pid, ExecutorDeath)>,
@@ -129,8 +129,8 @@ impl ExecutorEnds {
         }
     }
 
-    /// Takes over what the old program knew. All ends are sent to the next jobs process, because no jobs process of this
-    /// program has got them. It ignores those that it knows.
+    /// Takes over what the old program knew. All ends are sent to the next jobs process, because no jobs process of
+    /// this program has got them. It ignores those that it knows.
     pub fn import(state: ExecutorEndsState) -> Self {
         let recent = state.recent.into_iter();
         ExecutorEnds {

@@ -424,7 +424,8 @@ impl Fleet {
         }
     }
 
-    /// Fills a slot that has become empty: with its successor if that runs, or else with a fork when the throttle allows it.
+    /// Fills a slot that has become empty: with its successor if that runs, or else with a fork when the throttle
+    /// allows it.
     pub(crate) fn respawn(&mut self, slot_id: SlotId, due: Millis) {
         let now = self.now;
         let entry = self.entry(slot_id);

@@ -1,8 +1,9 @@
 //! Decides what follows when the keeper of a living worker dies, or the keeper of a dead worker is stuck.
 //!
 //! A keeper cannot be replaced, because a clone of a process with threads would inherit locks that no thread releases.
-//! So its worker is replaced by one with a keeper. The keeper of a dead worker counts the connections that it has completed. If the count stays the
-//! same for too long, the keeper is killed. Otherwise the clients of the other connections would wait for ever.
+//! So its worker is replaced by one with a keeper. The keeper of a dead worker counts the connections that it has
+//! completed. If the count stays the same for too long, the keeper is killed. Otherwise the clients of the other
+//! connections would wait for ever.
 
 use std::collections::BTreeMap;
 

@@ -5,7 +5,7 @@
 
 use super::action::{Action, NotReady};
 use super::death_log::Death;
-use super::event::{Event, KeptPool, PolicyLimits, PoolStep};
+use super::event::{Event, KeptPool, Millis, PolicyLimits, PoolStep};
 use super::fleet::Fleet;
 use super::fleet_world::{LIMITS, SEGV, World};
 use super::shutdown::AFTER_WORKERS;
@@ -490,38 +490,31 @@ fn a_jobs_process_ends_its_claims_when_the_workers_leave_and_not_before() {
     assert!(world.did(&Action::EndClaims { pid: new }));
 }
 
+/// Stops a server whose workers exit after this time. Returns when the pool process must have exited, counted from the
+/// stop.
+fn time_of_pool(workers_take: Millis) -> Millis {
+    let mut world = World::serving(JOBS);
+    let (first, stopped) = (pool(&world, 1), world.now);
+    world.send(Event::Stop);
+    world.pass(workers_take);
+    let living = world.living.iter();
+    let workers = living.filter(|(_, it)| it.slot_id.1.is_worker());
+    for pid in workers.map(|(pid, _)| *pid).collect::<Vec<_>>() {
+        world.die(pid, Exit::Code(0));
+    }
+    let deadline = world.history.iter().find_map(|(_, action)| match action {
+        Action::Drain { pid, deadline, .. } if *pid == first => Some(*deadline),
+        _ => None,
+    });
+    deadline.unwrap() - stopped
+}
+
 #[test]
 fn a_pool_process_that_exits_after_the_workers_has_the_deadline_of_the_stop() {
-    let mut world = World::serving(JOBS);
-    let (first, stopped) = (pool(&world, 1), world.now);
-    world.send(Event::Stop);
-    world.pass(5_000);
-    let living = world.living.iter();
-    let workers = living.filter(|(_, it)| it.slot_id.1.is_worker());
-    for pid in workers.map(|(pid, _)| *pid).collect::<Vec<_>>() {
-        world.die(pid, Exit::Code(0));
-    }
-    let deadline = world.history.iter().find_map(|(_, action)| match action {
-        Action::Drain { pid, deadline, .. } if *pid == first => Some(*deadline),
-        _ => None,
-    });
-    assert_eq!(deadline, Some(stopped + JOBS.drain_timeout));
-
+    assert_eq!(time_of_pool(5_000), JOBS.drain_timeout);
     // If the workers needed all of that time, it still has some to end its programs.
-    let mut world = World::serving(JOBS);
-    let (first, stopped) = (pool(&world, 1), world.now);
-    world.send(Event::Stop);
-    world.pass(JOBS.drain_timeout + 50);
-    let living = world.living.iter();
-    let workers = living.filter(|(_, it)| it.slot_id.1.is_worker());
-    for pid in workers.map(|(pid, _)| *pid).collect::<Vec<_>>() {
-        world.die(pid, Exit::Code(0));
-    }
-    let deadline = world.history.iter().find_map(|(_, action)| match action {
-        Action::Drain { pid, deadline, .. } if *pid == first => Some(*deadline),
-        _ => None,
-    });
-    assert!(deadline >= Some(stopped + JOBS.drain_timeout + AFTER_WORKERS));
+    let late = JOBS.drain_timeout + 50;
+    assert!(time_of_pool(late) >= JOBS.drain_timeout + AFTER_WORKERS);
 }
 
 #[test]

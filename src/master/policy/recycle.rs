@@ -84,8 +84,8 @@ impl Fleet {
         })
     }
 
-    /// Handles the report that all threads of a worker are stuck. The worker is replaced without waiting for other recycles or for a
-    /// reload.
+    /// Handles the report that all threads of a worker are stuck. The worker is replaced without waiting for other
+    /// recycles or for a reload.
     pub(crate) fn all_threads_stuck(&mut self, pid: Pid, evidence: &str) {
         let since = self.now;
         if !self.wants_diagnosis(pid) {

@@ -1,11 +1,11 @@
 //! Starts another program from a process with threads. The child shares the parent's memory until its
 //! exec (clone(2) with CLONE_VFORK, as posix_spawn(3) does it). The parent gets a pidfd.
 //!
-//! posix_spawn itself supports neither resource limits nor another user. Between clone and exec the child
-//! makes only system calls: no allocation, no lock, no libc wrapper that would act on all threads of the
-//! parent (setuid). The child keeps none of these from its parent: descriptors above 2 (or 3), blocked or ignored signals, environment,
-//! umask. Fails with the step that failed and the system's error; then
-//! there is no child. Needs Linux 5.4 (waiting for a pidfd).
+//! posix_spawn itself supports neither resource limits nor another user. Between clone and exec the child makes only
+//! system calls: no allocation, no lock, no libc wrapper that would act on all threads of the parent (setuid). The
+//! child keeps none of these from its parent: descriptors above 2 (or 3), blocked or ignored signals, environment,
+//! umask. Fails with the step that failed and the system's error; then there is no child. Needs Linux 5.4 (waiting for
+//! a pidfd).
 
 #![allow(unsafe_code)]
 

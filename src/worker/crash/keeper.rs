@@ -1,12 +1,12 @@
 //! Runs the keeper of a worker: a process that shares its descriptors and recovers its connections if it
 //! dies.
 //!
-//! It is made before the worker has a thread or a client, and waits for the worker's end. Until then it
-//! uses no descriptor except a pidfd of the worker, reads no call and runs no handler. If the worker exits normally
-//! or the server stops, the keeper exits too. If the worker has died, the keeper hands over each connection whose state it knows exactly, through
-//! the adoption queue. For each call that is unanswered according to the
-//! journal, it adds a `crashed` answer. The worker that adopts the connection sends these answers first. It resets the
-//! other connections. So a crash costs calls, and only the connections whose state is in doubt. If the master dies, the
+//! It is made before the worker has a thread or a client, and waits for the worker's end. Until then it uses no
+//! descriptor except a pidfd of the worker, reads no call and runs no handler. If the worker exits normally or the
+//! server stops, the keeper exits too. If the worker has died, the keeper hands over each connection whose state it
+//! knows exactly, through the adoption queue. For each call that is unanswered according to the journal, it adds a
+//! `crashed` answer. The worker that adopts the connection sends these answers first. The keeper resets the other
+//! connections. So a crash costs calls, and only the connections whose state is in doubt. If the master dies, the
 //! keeper ends at once. If the keeper cannot hand a connection over, the connection is closed.
 
 #![allow(unsafe_code)]
@@ -53,7 +53,8 @@ pub struct KeeperSetup {
     pub buffer: &'static mut [u8],
 }
 
-/// Creates the keeper of this worker. Call it after the process has closed all descriptors of the master, with all signals blocked. In the keeper the signals stay blocked.
+/// Creates the keeper of this worker. Call it after the process has closed all descriptors of the master, with all
+/// signals blocked. In the keeper the signals stay blocked.
 ///
 /// # Errors
 /// If there is no memory, no descriptor or no process left.
