@@ -59,7 +59,7 @@ pub(super) enum ParsedAnswer {
     },
     /// An incomplete answer.
     Partial,
-    /// No answer.
+    /// Bytes that are no answer.
     Alien,
 }
 

@@ -17,7 +17,7 @@ pub(super) enum HttpResponse<'a> {
     },
     /// An incomplete response.
     Partial,
-    /// No response, or one without a known end.
+    /// Bytes that are no response, or a response without a known end.
     Alien,
 }
 

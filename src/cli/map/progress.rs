@@ -11,6 +11,7 @@ use std::time::Duration;
 use indicatif::{ProgressDrawTarget, ProgressStyle};
 
 use super::super::units::count;
+
 /// How often the bar is redrawn while no call ends.
 const TICK: Duration = Duration::from_millis(200);
 

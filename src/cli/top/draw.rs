@@ -15,11 +15,11 @@ use super::text::rate;
 use super::view::{Mode, View};
 use crate::observe::content::Figures;
 
-/// Between two columns.
+/// The gap between two columns, in columns of the screen.
 const GAP: u16 = 2;
 /// The smallest width of a column that gets the rest of the line.
 const LEAST_ELASTIC: u16 = 12;
-/// The greatest width of another column.
+/// The largest width of any other column.
 const MOST_FIXED: u16 = 40;
 /// Below this size there is one line.
 const LEAST_SIZE: (u16, u16) = (20, 5);
@@ -79,7 +79,7 @@ pub(super) fn draw(buffer: &mut Buffer, view: &View, figures: Option<&Figures>, 
     usize::from(room.height.saturating_sub(1))
 }
 
-/// The text of `--once`: the header and every pane, as long as it is.
+/// Returns the text of `--once`: the header and all rows of every pane.
 pub(super) fn page(view: &View, figures: &Figures, now: u64, width: u16) -> String {
     let items = header::items(figures, now);
     let panes = Pane::ALL.map(|pane| (pane, view.rows(pane, figures, now)));
@@ -120,7 +120,7 @@ pub(super) fn page(view: &View, figures: &Figures, now: u64, width: u16) -> Stri
     text_of(&buffer)
 }
 
-/// Writes a text at a place, at most `width` columns; what is cut off is replaced by a mark.
+/// Writes a text at a place, at most `width` columns. A text that is cut ends with a mark.
 fn put(buffer: &mut Buffer, x: u16, y: u16, width: u16, text: &str, style: Style) {
     if !buffer.area.contains(Position { x, y }) {
         return;
@@ -323,7 +323,7 @@ fn cell(
 fn fit(columns: &[PaneColumn], rows: &[PaneRow], room: u16) -> Vec<(usize, u16)> {
     let natural = |index: usize| {
         let cells = rows.iter().map(|row| Line::from(&*row[index].text).width());
-        // With the mark of the sorted column.
+        // One more for the mark of the sorted column.
         let title = columns[index].title.chars().count() + 1;
         cells
             .max()
@@ -363,7 +363,7 @@ fn fit(columns: &[PaneColumn], rows: &[PaneRow], room: u16) -> Vec<(usize, u16)>
     kept
 }
 
-/// The lines of a buffer, without spaces at their ends and without empty lines at the end.
+/// Returns the lines of a buffer, without spaces at their ends and without empty lines at the end.
 pub(super) fn text_of(buffer: &Buffer) -> String {
     let mut text = String::new();
     for y in 0..buffer.area.height {

@@ -26,7 +26,7 @@ fn item(label: &'static str, value: String, tone: Tone) -> HeaderItem {
     HeaderItem { label, value, tone }
 }
 
-/// The first line: which server this is.
+/// Returns the first line, which names the server.
 pub(super) fn title(figures: &Figures) -> String {
     let master = &figures.facts.status.master;
     let age = figures.master_age_ms / 1_000;
@@ -40,7 +40,7 @@ pub(super) fn title(figures: &Figures) -> String {
     )
 }
 
-/// How many workers of the serving generation are ready.
+/// Returns how many workers of the serving generation are ready.
 pub(super) fn ready_workers(status: &Status) -> usize {
     let serves = |worker: &&WorkerStatus| {
         worker.state == WorkerPhase::Ready && worker.generation == status.master.generation
@@ -48,7 +48,7 @@ pub(super) fn ready_workers(status: &Status) -> usize {
     status.workers.iter().filter(serves).count()
 }
 
-/// The figures below the title. `now` is in seconds since 1970.
+/// Returns the figures below the title. `now` is in seconds since 1970.
 pub(super) fn items(figures: &Figures, now: u64) -> Vec<HeaderItem> {
     let status = &figures.facts.status;
     let (master, total) = (&status.master, &figures.rates.total);
@@ -103,7 +103,7 @@ pub(super) fn items(figures: &Figures, now: u64) -> Vec<HeaderItem> {
     ));
     let sum = |figure: fn(&WorkerStatus) -> u64| status.workers.iter().map(figure).sum::<u64>();
     let threads = sum(|it| it.threads);
-    // `running` has the calls of abandoned threads not any more.
+    // `running` does not include the calls of lost threads.
     let busy = sum(|it| it.running + it.lost_threads);
     let text = format!("{} of {}", units::count(busy), units::count(threads));
     items.push(item(

@@ -52,7 +52,7 @@ impl Screen {
     /// Returns the keys that were typed. Ctrl-C is `q`.
     pub(super) fn keys(&mut self) -> io::Result<Vec<KeyCode>> {
         let mut keys = Vec::new();
-        // Without any time it looks for nothing.
+        // With a timeout of zero, `poll` would not look at the input.
         while event::poll(Duration::from_millis(1))? {
             if let Event::Key(key) = event::read()?
                 && key.kind == KeyEventKind::Press
@@ -70,7 +70,7 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // After a panic it is restored, and a second time would put the cursor over the message.
+        // A panic has restored the terminal already. A second time would put the cursor over its message.
         if !thread::panicking() {
             let _ = ratatui::try_restore();
         }
@@ -81,7 +81,7 @@ fn input(fd: BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLIN)
 }
 
-/// Waits for a signal, an answer, the time `until_ms`, and, with `has_keys`, for a key.
+/// Waits for a signal, an answer or the time `until_ms` (CLOCK_MONOTONIC), and with `has_keys` also for a key.
 pub(super) fn wait(
     signals: &SignalPipe,
     feed: &Feed,
@@ -95,7 +95,7 @@ pub(super) fn wait(
         fds.push(input(stdin.as_fd()));
     }
     fds.extend(feed.descriptor().map(input));
-    // One more millisecond: poll(2) rounds down.
+    // One more millisecond, so that the time is over when poll(2) returns.
     let left = Duration::from_millis(until_ms.saturating_sub(monotonic_ms()) + 1);
     match poll(
         &mut fds,
