@@ -91,7 +91,7 @@ impl<R: DeserializeOwned> Handle<R> {
         }
     }
 
-    /// Waits for the result for at most this time.
+    /// Waits for the result for at most this time. The timeout of a pipeline does not shorten the wait.
     ///
     /// # Errors
     /// The handle, if the result is not there by then.

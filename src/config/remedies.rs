@@ -126,7 +126,7 @@ pub(super) fn wrong_type(
     };
     let bare = text.trim_matches(['"', '\'']);
     match (expected, kind) {
-        // The text may have a password.
+        // The text may contain a password.
         (_, _) if key == "jobs.store" => write("\"sqlite:PATH\""),
         ("a boolean", "string") => "write true or false, without quotes".into(),
         ("a boolean", _) => "write true or false".into(),

@@ -220,8 +220,8 @@ impl Settings {
         listen.filter_map(|(index, listen)| Some((index, listen.isolation.as_ref()?)))
     }
 
-    /// The names of the pools that a method uses: first those of the server, then those of connections. The
-    /// others are not started.
+    /// Returns the names of the pools that a method uses: first those of the server, then those of connections.
+    /// Other pools are not started.
     pub fn used_pools(&self) -> Vec<&String> {
         let is_used = |name: &&String| {
             let mut methods = self.methods.values();
@@ -232,7 +232,7 @@ impl Settings {
         used
     }
 
-    /// How many of these are pools of the server, which have a pool process.
+    /// Returns how many used pools belong to the server. Each of them has a pool process.
     pub fn pool_processes(&self) -> usize {
         let used = self.used_pools().into_iter();
         used.filter(|name| !self.is_of_connections(name)).count()

@@ -1,6 +1,6 @@
 //! Reads and writes durations and sizes: "30s", "16MiB".
 //!
-//! Each is read as an exact number, and written as the shortest text that is read as the same number.
+//! Each is written as one whole number, which is read as the same value.
 //! Bounds are checked elsewhere. The error for another text says how to write one.
 
 use std::fmt;
@@ -33,7 +33,7 @@ impl DurationValue {
 }
 
 impl fmt::Display for DurationValue {
-    /// Writes one number in the largest unit in which it is whole.
+    /// Writes one number in the largest unit in which it is whole, and above seconds at least 2.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SECOND: u128 = 1_000_000_000;
         const UNITS: [(u128, &str); 7] = [
