@@ -1,7 +1,7 @@
 //! Defines a call on its way to the threads that run it, and its result.
 //!
-//! Calls run in lanes: the handler threads are one lane, each pool is another. So they do not wait for
-//! each other. The thread or program that runs a call reports exactly once.
+//! The handler threads have one call queue (lane), and each pool has its own. So they do not wait for each
+//! other. The thread or program that runs a call reports exactly once.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

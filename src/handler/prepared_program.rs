@@ -52,8 +52,8 @@ impl PreparedProgram {
         self
     }
 
-    /// Returns the whole environment, with the variable that names the call, and what `call_variables` returns. The
-    /// latter replace configured ones.
+    /// Returns the whole environment: `call` is the variable that names the call, and `own` is what `call_variables`
+    /// returns. If `own` has a variable of a group, no configured variable of the group is used.
     pub fn environment<'a>(&'a self, call: &'a CStr, own: &'a [CString]) -> Vec<&'a CStr> {
         // The variable of the call comes first, because the search for leftovers reads only the beginning
         // of a long environment.

@@ -57,7 +57,7 @@ pub enum TraceSource {
     Off,
     /// The call begins a trace.
     New,
-    /// What is passed on, with the span of the call.
+    /// The context of the client, with the span of the call as its parent id.
     Given(Box<TraceContext>),
 }
 
@@ -118,7 +118,7 @@ impl<'a> Trace<'a> {
         self.0.traceparent_of(CHILDREN.at(number))
     }
 
-    /// Returns what is passed on.
+    /// Returns the context, to pass it on.
     pub(crate) fn into_context(self) -> Cow<'a, TraceContext> {
         self.0
     }
@@ -137,7 +137,7 @@ pub struct CallIdentity {
 }
 
 impl CallIdentity {
-    /// No call of the server, for tests of handlers.
+    /// The identity of a context until `Context::identified` sets one.
     pub(super) const NONE: &'static CallIdentity = &CallIdentity {
         number: 0,
         home: None,

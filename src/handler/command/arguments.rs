@@ -28,7 +28,7 @@ enum Argument {
     Fixed(CString),
     Param {
         name: String,
-        /// Whether an argument `--` is before it. Behind that nothing is an option.
+        /// Whether an argument `--` is before it. No argument after it is an option.
         after_dashes: bool,
     },
 }

@@ -11,7 +11,7 @@ use crate::sys::process::Pid;
 
 type SharedTail = Arc<Mutex<Tail>>;
 
-/// By the number of the call in this process.
+/// The running commands, by the numbers of their calls in this process.
 static RUNNING: Mutex<BTreeMap<u64, (Pid, SharedTail)>> = Mutex::new(BTreeMap::new());
 
 /// A command from its start to its end.

@@ -19,7 +19,7 @@ use crate::sys::process::Pid;
 use crate::sys::process_tree;
 use crate::sys::shared_memory::OwnedArray;
 
-/// The largest number of programs of a pool, including the one more while they are replaced.
+/// The largest number of programs of a pool, including the additional one while they are replaced.
 const MOST_PROGRAMS: NonZeroUsize = NonZeroUsize::new(1025).expect("it is above zero");
 
 /// A pool as configured.

@@ -2,7 +2,7 @@
 //!
 //! Each call has an id, which the program returns with the answer. A call that was given up is cancelled
 //! with a notification. Its id stays known, because the program must still answer it. A cancelled attempt of a job
-//! ends only with that answer or with the program, because no other attempt may begin before.
+//! ends only with that answer or with the program, because no other attempt may begin before that.
 
 use std::collections::BTreeMap;
 

@@ -28,7 +28,7 @@ pub struct PoolMethod {
 /// The table that the master sends to a pool process, as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PoolTable {
-    /// The lane of the pool in the next generation.
+    /// The number of the pool's call queue in the next generation.
     pub lane: usize,
     /// The methods of the pool in the next generation.
     pub methods: Vec<PoolMethod>,
@@ -38,7 +38,7 @@ pub struct PoolTable {
     pub config: Option<PoolConfig>,
 }
 
-/// The methods of the pool with this number.
+/// Returns the methods of the pool with this number.
 pub fn methods_of(registry: &Registry, pool: usize) -> Vec<PoolMethod> {
     let methods = registry.methods().iter().enumerate();
     let own = methods.filter(|(_, method)| method.handler.placement() == Placement::Pool(pool));
@@ -105,7 +105,7 @@ impl MethodNumbers {
             .retain(|generation, _| served.contains(generation));
     }
 
-    /// The number in the process of a method of a generation.
+    /// Returns the number in the process of a method of a generation; `None` if it has none.
     pub fn number(&self, generation: u32, method: usize) -> Option<usize> {
         self.maps.get(&generation)?.get(&method).copied()
     }
@@ -116,7 +116,7 @@ impl MethodNumbers {
         added.filter(move |method| method.number >= count)
     }
 
-    /// The names of all numbers, of which the first ones are known.
+    /// Returns the names of all numbers. `known` are the names of the first ones.
     pub fn names(&self, known: &[String]) -> Vec<String> {
         let added = self.added(known.len()).map(|method| method.name.clone());
         known.iter().cloned().chain(added).collect()

@@ -1,8 +1,9 @@
 //! Decides which program of a pool is started or ended next while the programs are replaced one by one.
 //!
 //! Pure. A program is known by its number, and each has the table that it was started with. There is at most
-//! one program more than `processes`. An old program is ended only when a new one serves instead, so the number of
-//! programs that serve never falls.
+//! one program more than `processes`. An old program that serves is ended only if the old programs and the new ones
+//! that serve are more than `processes`. So a replacement never reduces the programs that serve
+//! below `processes`.
 
 use std::collections::BTreeMap;
 
