@@ -50,7 +50,7 @@ impl AccessCounts {
         self.is_on.store(1, Release);
     }
 
-    /// The lines that are written or lost. Any process can have written garbage here.
+    /// Returns the number of lines that are written or lost. It may wrap: any process can have written garbage here.
     fn lines(&self) -> u64 {
         let lost = self.lost.load(Relaxed);
         self.written.load(Relaxed).wrapping_add(lost)

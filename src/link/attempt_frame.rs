@@ -32,7 +32,7 @@ impl AttemptId {
     /// Returns the key of the attempt in crash reports. Keys of calls are odd, and those of attempts are
     /// multiples of four, so the two never meet. It is never 0.
     pub fn key(self) -> u64 {
-        // FNV-1a. Clients choose ids, but the id and the token of another job are unknown to them.
+        // FNV-1a is enough: clients choose ids, but without the id and token of another job they cannot choose its key.
         let token = self.token.to_le_bytes();
         let bytes = self.job.iter().chain(&token);
         let hash = bytes.fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
@@ -126,7 +126,7 @@ impl AttemptReport<'_> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecutorHello {
     pub pid: i32,
-    /// The lane of its calls: 0 in a worker.
+    /// The number of its call queue: 0 in a worker.
     pub lane: u32,
     /// Its attempts that the receiver has not settled.
     pub attempts: Vec<AttemptId>,

@@ -56,7 +56,7 @@ fn mark_of(key: u64) -> u32 {
 }
 
 impl ExecutorEnd {
-    /// Returns it as the value of a message.
+    /// Returns the end as the value of a message.
     pub fn encode(self) -> u64 {
         let (kind, mark) = match self.cause {
             ExecutorCause::Ordered => (ORDERED, 0),

@@ -296,7 +296,7 @@ impl SessionRecord {
         self.lines.fetch_add(lines as u64, Relaxed);
     }
 
-    /// Returns the lines that a session has not written that has ended. The number is not trusted.
+    /// Takes the number of lines that an ended session had not written. It is not trusted, so it is limited.
     pub fn take_lines(&self) -> u64 {
         self.lines.swap(0, Relaxed).min(MOST_LINES)
     }

@@ -60,7 +60,7 @@ impl Source {
 
     /// Returns a number that no other source has; `None` if the source is unknown.
     fn number(self) -> Option<u64> {
-        // No address of the internet begins with the byte 0 (RFC 4291, 2.4), so these numbers are free.
+        // No IPv6 address of a client begins with the 16 bits 1, 2 or 3 (RFC 4291, 2.4), so these numbers are free.
         match self {
             Source::V4(ip) => Some(1 << 48 | u64::from(u32::from(ip))),
             Source::User(user) => Some(2 << 48 | u64::from(user)),
@@ -70,7 +70,7 @@ impl Source {
         }
     }
 
-    /// The key under which its connections to a listener are counted; `None` if they are not counted.
+    /// Returns the key under which its connections to a listener are counted; `None` if they are not counted.
     pub fn key_at(self, listener: u64) -> Option<u64> {
         Some((self.number()? ^ listener).max(1))
     }
@@ -240,7 +240,7 @@ pub struct SourceLimit {
 }
 
 impl SourceLimit {
-    /// The limit of the listener at this address.
+    /// Creates the limit of the listener at this address.
     pub fn new(address: &str, most: usize) -> Self {
         SourceLimit {
             address: address.to_owned(),

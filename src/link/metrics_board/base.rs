@@ -87,7 +87,7 @@ impl BoardTotals {
         totals
     }
 
-    /// The names of methods with their kinds, in the order of their places.
+    /// Returns the names of methods with their kinds, in the order of their places.
     pub fn methods(&self) -> impl Iterator<Item = (&str, Option<HandlerKind>)> {
         const KINDS: [HandlerKind; 4] = [
             HandlerKind::Builtin,
@@ -100,7 +100,7 @@ impl BoardTotals {
         methods.map(move |(name, place)| (name.as_str(), kind(*place)))
     }
 
-    /// The names of pools, in the order of their places.
+    /// Returns the names of pools, in the order of their places.
     pub fn pools(&self) -> &[String] {
         &self.pools
     }
@@ -146,7 +146,7 @@ impl BoardTotals {
         });
     }
 
-    /// The places of methods; the last one is that of all others.
+    /// Returns the places of methods with their names; the last one is that of all others.
     fn places(&self) -> impl Iterator<Item = (usize, &str)> {
         let names = self.methods.iter().map(|(name, _)| name.as_str());
         let methods = names.take(NAMES).enumerate();
@@ -302,7 +302,7 @@ fn each_of_jobs(cells: &JobCells, names: &BoardTotals, visit: Visit<'_>) {
     }
 }
 
-/// The name of a bucket has its bound in nanoseconds.
+/// Returns the name of a bucket, which contains its bound in nanoseconds.
 fn bucket_name(name: &str, bucket: usize) -> String {
     match bucket < BOUNDS {
         true => format!("{name}/{}", bound_ns(bucket)),

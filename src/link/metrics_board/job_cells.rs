@@ -22,7 +22,7 @@ const _: () = assert!(
         && BEHIND.is_multiple_of(4096)
 );
 
-/// Words of the status, of eight bytes.
+/// The number of 8-byte words of the status.
 const STATUS_WORDS: usize = 8192;
 /// The longest status in bytes.
 pub const MOST_STATUS: usize = STATUS_WORDS * 8;
@@ -79,11 +79,11 @@ shared_record! {
         pub stale: AtomicU64,
         /// Room for more fields.
         pub spare: [AtomicU64; 6],
-        /// Times of commits.
+        /// Durations of commits.
         pub commit: HistogramCells,
         /// Times from the due time of a job to its attempt.
         pub wait: HistogramCells,
-        /// Times of attempts.
+        /// Run times of attempts.
         pub run: HistogramCells,
         pub methods: [JobMethodCells; NAMES + 1],
         pub status: StatusText,

@@ -17,19 +17,19 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"preforkd");
 /// The version of this layout.
 pub const VERSION: u64 = 1;
 
-/// Methods with counters of their own.
+/// The number of methods with counters of their own.
 pub const NAMES: usize = 256;
 /// The place of all other methods together.
 pub const OTHER: usize = NAMES;
 /// The label of all others together.
 pub const OTHER_NAME: &str = "_OTHER";
-/// Pools with counters of their own.
+/// The number of pools with counters of their own.
 pub const POOLS: usize = 64;
-/// Slots of workers.
+/// The number of slots of workers.
 pub const SLOTS: usize = 1024;
-/// Error codes; the last one is for the codes of handlers.
+/// The number of error codes; the last place is for the codes of handlers.
 pub const CODES: usize = 32;
-/// See `CODES`.
+/// The place of the codes of handlers.
 pub const HANDLER_CODE: usize = CODES - 1;
 
 /// The bytes from one block to the next, and of the header before the first one. A block has room for more
@@ -97,7 +97,7 @@ pub enum CloseReason {
 }
 
 shared_record! {
-    /// A name of the table. The number of names is written after the name.
+    /// A name of the table. The count of the table is stored after the name.
     #[derive(Debug)]
     pub struct NameCell {
         length: AtomicU64,
@@ -189,7 +189,7 @@ shared_record! {
         pub worker_starts: AtomicU64,
         /// By `labels::WORKER_EXITS`.
         pub worker_exits: [AtomicU64; 16],
-        /// Lines of the master's log.
+        /// Lost lines of the master's log.
         pub lost_lines: AtomicU64,
         /// The highest slot that was ever used, plus one.
         pub slots: AtomicU64,
@@ -210,7 +210,7 @@ shared_record! {
         pub queue: HistogramCells,
         /// The longest duration.
         pub longest_ns: AtomicU64,
-        /// By code, twice: before it began, and started.
+        /// By code: first of calls that did not begin, then by code again of calls that had begun.
         pub errors: [AtomicU64; 2 * CODES],
         /// Calls over the threshold of the slow log.
         pub slow: AtomicU64,
@@ -219,8 +219,8 @@ shared_record! {
 const _: () = assert!(size_of::<MethodCells>() == 4608);
 
 shared_record! {
-    /// The counters of a worker, pool process or acceptor. They are never cleared: the next process of the
-    /// record continues.
+    /// The counters of a worker, pool process, acceptor or jobs process. They are never cleared: the next process of
+    /// the record continues.
     #[derive(Debug)]
     #[repr(align(4096))]
     pub struct Block {
@@ -276,7 +276,7 @@ impl Block {
     }
 }
 
-/// The offset of fields, because another version reads and writes the same memory.
+/// Checks the offsets of fields, because another version reads and writes the same memory.
 const _: () = {
     use std::mem::offset_of;
     assert!(offset_of!(BoardHeader, used) == 24);
