@@ -47,7 +47,7 @@ fn ends(state: JobState, reason: Option<EndReason>) -> JobFate {
     JobFate::End { state, reason }
 }
 
-/// The second table of section 3: whether the attempt counts, crashes, interruptions, and whether the next
+/// What each cause of an end changes: whether the attempt counts, crashes, interruptions, and whether the next
 /// attempt waits for the backoff.
 const CAUSES: [(AttemptCause, bool, u32, u32, bool); 10] = [
     (AttemptCause::Error, true, 0, 0, true),

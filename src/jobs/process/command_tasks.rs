@@ -15,7 +15,7 @@ use crate::sys::waker::Waker;
 
 pub type TaskReply = Result<ControlReply, String>;
 
-/// The way of a command's thread to the event loop.
+/// Sends tasks from the thread of a command to the event loop.
 struct TaskSender {
     tasks: Sender<(ControlTask, Sender<TaskReply>)>,
     waker: Arc<Waker>,

@@ -81,7 +81,7 @@ pub fn written(core: &mut JobsCore, number: u64, reply: StoreReply) {
     finish(core, number, Ok(ControlReply::Written(reply)));
 }
 
-/// Handles a change that is not stored, or of which that is unknown.
+/// Handles a change that has failed: it is not stored, or it is unknown whether it is.
 pub fn failed(core: &mut JobsCore, number: u64, error: &StoreError) {
     let what = match error.is_maybe_stored {
         true => "it is unknown whether the change is stored",
