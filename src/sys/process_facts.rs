@@ -84,8 +84,8 @@ pub fn tree(root: Pid, adopter: Pid) -> Vec<Pid> {
     pids
 }
 
-/// Returns the children of all threads of a process. Without that file (a kernel without CONFIG_PROC_CHILDREN)
-/// there are none.
+/// Returns the children of all threads of a process. A kernel without CONFIG_PROC_CHILDREN has no
+/// file `children`, so there are none.
 fn children_of(pid: Pid) -> Vec<Pid> {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
@@ -105,7 +105,8 @@ fn children_of(pid: Pid) -> Vec<Pid> {
 /// time counts only in the start time, so it is added.
 pub fn had_begun(started: u64, at: Duration) -> bool {
     let suspended = process::since_boot().saturating_sub(process::monotonic());
-    // A tick may be 10 ms, and the kernel cuts.
+    // The kernel rounds the start time down to a tick (10 ms or less). So a process that began after `at` but in the
+    // same tick counts too.
     of_ticks(started) <= at + suspended
 }
 

@@ -243,7 +243,8 @@ impl Connection {
         self.end = ConnectionEnd::Closed(reason);
     }
 
-    /// Returns whether nothing is unread, running or waiting, so that it can be closed without a loss.
+    /// Returns whether it has no partial input and no unanswered call. Unsent answers are not considered: the reactor
+    /// has them.
     pub fn is_quiescent(&self) -> bool {
         self.unanswered == 0 && !self.has_partial_input()
     }

@@ -18,7 +18,7 @@ pub const ASK_AGAIN_MS: u64 = 100;
 pub struct LinkSeeker {
     /// The index of its record.
     pub own: usize,
-    /// The lane whose calls it runs.
+    /// The number of the call queue whose calls it runs.
     pub lane: usize,
     /// Its generation, as records show it.
     pub generation: u32,

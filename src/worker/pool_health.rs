@@ -22,7 +22,7 @@ pub struct WatchedPools {
 
 #[derive(Debug)]
 struct WatchedPool {
-    /// The lane of its calls.
+    /// The number of its call queue.
     lane: usize,
     /// Whether its process is of an earlier generation.
     is_kept: bool,
@@ -33,8 +33,8 @@ struct WatchedPool {
 }
 
 impl WatchedPools {
-    /// Creates the list of the pools of a worker with `health = true`. The pools of the lanes in `kept` have
-    /// processes of an earlier generation.
+    /// Creates the list of the pools of a worker with `health = true`. `kept` has the call queues of the
+    /// pools whose processes are of an earlier generation.
     pub fn new(
         (settings, registry): (&Settings, &Registry),
         (records, generation): (&'static [WorkerRecord], Generation),

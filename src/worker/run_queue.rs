@@ -231,7 +231,7 @@ impl RunQueue {
     /// `only_short` is set and the next one is not short.
     ///
     /// # Errors
-    /// A call that would miss its deadline; give it up.
+    /// The key of a call that would miss its deadline. It still waits here: give it up.
     pub fn next_to_send(
         &self,
         only_short: bool,

@@ -44,8 +44,8 @@ impl UnsentAnswers {
         }
     }
 
-    /// Returns whether no call is taken from this connection, if it has such answers: the limit is
-    /// reached, and this connection has much of it.
+    /// Returns whether no call may be taken from this connection: the limit is reached, and this connection
+    /// has much of it.
     #[inline]
     pub fn blocks(&self, owner: (Source, Token)) -> bool {
         self.is_full() && self.shares.is_heavy(owner)
@@ -57,7 +57,7 @@ impl UnsentAnswers {
         self.limit.min(MOST_BYTES)
     }
 
-    /// Returns whether members of a batch of this connection are refused, if it has such answers.
+    /// Returns whether members of a batch of this connection are refused.
     pub fn blocks_batch(&self, owner: (Source, Token)) -> bool {
         self.bytes >= self.batch_limit() && self.shares.is_heavy(owner)
     }

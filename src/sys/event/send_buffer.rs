@@ -18,7 +18,7 @@ impl SendBuffer {
         self.bytes.len() - self.sent
     }
 
-    /// Returns the memory that it uses in bytes: at most about twice `len`.
+    /// Returns how many bytes it keeps, including sent ones: at most about twice `len`.
     pub fn memory(&self) -> usize {
         self.bytes.len()
     }

@@ -33,8 +33,8 @@ impl InlineTimer {
 
     /// Sets the lowest threshold.
     pub(super) fn set(&mut self, lowest_ns: Option<u64>) {
-        // No processor counts slower than one cycle per nanosecond. So a call of fewer cycles than nanoseconds in the
-        // threshold is not slow.
+        // Nearly every x86_64 processor counts at least one cycle per nanosecond. So a call of fewer cycles than
+        // nanoseconds in the threshold is not slow. Elsewhere `cycles` is a coarse clock: its error is up to one tick.
         self.limit = lowest_ns.unwrap_or(0);
     }
 
