@@ -22,6 +22,7 @@ const MAX_ACCEPTS: usize = 16;
 /// The largest number of connections that a leaving acceptor still takes. Without this limit, clients could keep it
 /// alive by connecting again and again.
 const MAX_LAST_ACCEPTS: usize = 16_384;
+
 /// Stops accepting, and ends the processes without a connection.
 pub fn leave(accepting: &mut Accepting<'_>) {
     serve_held(accepting, true);

@@ -3,7 +3,7 @@
 //!
 //! Each session can send into the adoption queue. So the kernel says which process has made a link
 //! (SO_PEERCRED), and only a session of this generation without an acceptor is taken. Each process and each record
-//! has one link at most: the last one. So none is watched that is not read. A link that is refused is closed, and
+//! has one link at most: the last one. So each watched link is read. A link that is refused is closed, and
 //! its session tries again later.
 
 use std::collections::BTreeMap;

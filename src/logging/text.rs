@@ -49,8 +49,8 @@ pub fn escape_unprintable<'a>(text: &'a str, kept: &[char]) -> Cow<'a, str> {
 /// Returns JSON with its unprintable characters escaped as in JSON, so its value is the same. Line feeds
 /// and tabs between values are kept.
 pub fn printable_json(json: &str) -> Cow<'_, str> {
-    // All of them have four digits. Control characters below U+0020 occur only between values, because
-    // JSON escapes them in strings.
+    // All escaped characters have at most four hexadecimal digits. Control characters below U+0020 occur only between
+    // values, because JSON escapes them in strings.
     escape(
         json,
         |c| is_unprintable(c) && c >= ' ',

@@ -23,7 +23,7 @@ pub enum DeathKind {
 }
 
 impl DeathKind {
-    /// The word, as in JSON.
+    /// Returns the word, as in JSON.
     pub const fn name(self) -> &'static str {
         match self {
             DeathKind::Worker => "worker",
@@ -46,7 +46,7 @@ pub struct DeathStatus {
     pub name: Option<String>,
     /// Of a worker; null for others.
     pub slot: Option<u16>,
-    /// Its process id then.
+    /// The process id that it had.
     pub pid: i32,
     /// The exit code; null iff a signal ended it.
     pub exit: Option<i32>,

@@ -33,6 +33,7 @@ const LONGEST_REASON: usize = 4096;
 pub enum StartMode {
     /// As a probe: it checks whether it could take over the state on its standard input.
     Probe,
+    /// As the next master: the new program, or the old one after a rollback.
     TakeOver(ExecAttempt),
 }
 
