@@ -1,5 +1,5 @@
 //! Decides how long to wait before a process is started again after a death or a refused fork. The
-//! process is the worker of a slot or a program of a pool.
+//! process is that of a slot, the observer, or a program of a pool.
 //!
 //! There is one [`Throttle`] per slot and generation, so a reload starts with a cleared count. It records
 //! deaths and forks and returns a time; the caller does the waiting. It cannot fail. `limiter` limits how

@@ -1,7 +1,7 @@
 //! Looks up users and groups in the system's databases.
 //!
 //! It only looks up (getpwnam(3), getgrnam(3), getgrouplist(3), through nsswitch.conf). `privilege`
-//! changes to the account. An unknown name and a database that does not answer are different errors,
+//! switches to the account. An unknown name and a database that does not answer are different errors,
 //! because only the first one is an error of the configuration.
 
 use std::ffi::CString;

@@ -12,7 +12,7 @@ use std::path::Path;
 
 /// The largest number of bytes of a /proc file that the kernel fills, such as `stat` and `status`.
 pub const RECORD: usize = 64 * 1024;
-/// The largest number of bytes of the environment that a process was started with.
+/// The largest number of bytes that are read of the environment of a process.
 pub const ENVIRONMENT: usize = 128 * 1024;
 /// The largest number of bytes of a list of pids.
 pub const PIDS: usize = 1024 * 1024;

@@ -1,6 +1,6 @@
 //! Closes descriptors whose close may block, on a thread that is started when the first one arrives.
 //!
-//! A second thread, which ends at once, holds each descriptor while the first one closes it. The close at
+//! A second thread holds each descriptor while the first one closes it, and then ends. The close at
 //! the end of a thread does not wait for unsent bytes (inet_release in Linux: no lingering if the task is
 //! exiting). So a close that would block for an hour does not keep other descriptors open. If no thread
 //! can be started, the descriptors stay open, and the next call tries again.

@@ -41,14 +41,14 @@ pub fn read(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
 /// Replaces the content of a file that `create` has made.
 ///
 /// # Errors
-/// When there is no descriptor or no memory left.
+/// If there is no descriptor or no memory left.
 pub fn replace(fd: &OwnedFd, bytes: &[u8]) -> io::Result<()> {
     let file = File::from(fd.try_clone()?);
     file.set_len(0)?;
     file.write_all_at(bytes, 0)
 }
 
-/// Whether it is a file of memory. Reading and closing one never block (F_GET_SEALS, fcntl(2)).
+/// Returns whether it is a file in memory. Reading and closing one never block (F_GET_SEALS, fcntl(2)).
 pub fn is_one(fd: &impl AsFd) -> bool {
     fcntl(fd.as_fd(), FcntlArg::F_GET_SEALS).is_ok()
 }

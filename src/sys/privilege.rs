@@ -1,8 +1,8 @@
 //! Drops root privileges for good, and proves it.
 //!
 //! The order matters: supplementary groups, bounding set, group, user, then the proof that root cannot be
-//! regained, then no_new_privs. If a step fails, the caller must exit, because a partial drop is not
-//! safe.
+//! regained, then the other capability sets, then no_new_privs. If a step fails, the caller must exit, because
+//! a partial drop is not safe.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +14,8 @@ use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
 use super::account::Account;
 
-/// Becomes `account`. If this process already is that user, it only sets no_new_privs.
+/// Becomes `account`. If this process already is that user and not root, it only empties its capability sets and sets
+/// no_new_privs.
 ///
 /// # Errors
 /// The error of the system call that failed, or that root could be regained.

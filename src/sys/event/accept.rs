@@ -16,7 +16,7 @@ use crate::sys::{closer, memory_file, socket};
 /// arrive slowly. A smaller number is fairer, but each round costs two calls of epoll_ctl(2).
 pub(super) const FAIR_SHARE: u32 = 8;
 
-/// Event data from here up to those of watches name sources of connections.
+/// Event data from here up to `WATCH_BASE` of the reactor name sources of connections.
 pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
 /// How a source delivers connections.
@@ -119,7 +119,8 @@ impl AcceptSources {
         self.pause_kind(epoll, None);
     }
 
-    /// Starts or stops adopting connections of siblings. Listeners stay as they are.
+    /// Starts or stops adopting connections of siblings. A start takes effect at the next `resume`. Listeners stay as
+    /// they are.
     pub fn set_adopting(&mut self, adopts: bool, epoll: &Epoll) {
         self.is_queue_left = !adopts;
         if !adopts {

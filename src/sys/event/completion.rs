@@ -3,12 +3,12 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-/// Identifies a connection of a reactor. Never reused: the lower half is the index, the upper half a
-/// counter.
+/// Identifies a connection of a reactor. The lower half is the index, the upper half a counter. So a token is reused
+/// only after four billion further connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token(pub(super) u64);
 
-/// The tags of connections are lower; see `Reactor`.
+/// The upper half of the tokens of processes. That of connections is lower; see `Reactor`.
 const PROCESS_TAG: u32 = 0xFFFF_0000;
 
 impl Token {
@@ -57,7 +57,7 @@ pub enum Completion<'a> {
         /// A second descriptor of that packet.
         rest: Option<OwnedFd>,
     },
-    /// The system cannot accept now (EMFILE, ENFILE, ENOBUFS, ENOMEM). No listener is watched until
+    /// The system cannot accept now (for example EMFILE or ENOMEM). No listener is watched until
     /// `Reactor::resume_listeners`.
     AcceptFailed { error: io::Error },
     /// Bytes were received, lent until the call returns.

@@ -1,7 +1,7 @@
 //! Event layer: reports what happens at sockets as completions, over epoll.
 //!
-//! Connections have no readiness for the layers above. These learn that a connection was accepted, and that bytes were
-//! received or sent. Received bytes are lent during the call, so an idle connection owns no buffer.
+//! The layers above do not see readiness. They learn that a connection was accepted, and that bytes were received or
+//! sent. Received bytes are lent during the call, so an idle connection owns no buffer.
 //!
 //! Three rules keep the loop from spinning:
 //! - Interest in writing exists only while bytes wait to be written.
