@@ -15,13 +15,13 @@ use std::rc::Rc;
 use crate::protocol::Dialect;
 use crate::sys::{memory_file, socket};
 
-/// The first bytes of each packet: "pfh" and the version of the format. Version 2 also has answers to
-/// send first. A packet without them uses version 1, so that older workers understand it.
+/// The first bytes of each packet: "pfh" and the version of the format. Version 2 also has answers that are sent
+/// first, and the flag `CLOSING`. A packet without both uses version 1, so that older workers understand it.
 const MAGIC: [u8; 4] = *b"pfh\x01";
 const MAGIC_2: [u8; 4] = *b"pfh\x02";
 /// A flag beside the dialect: close the connection after the answers are sent.
 const CLOSING: u8 = 0x80;
-/// Another one: an HTTP request must name its method in the path. Older versions ignore it, and detect the dialect
+/// Another flag: an HTTP request must name its method in the path. Older versions ignore it, and detect the dialect
 /// again.
 const NEEDS_PATH: u8 = 0x40;
 const HEADER: usize = 16;
@@ -91,7 +91,7 @@ impl AdoptionQueue {
     /// Sends a connection. On success the queue holds it, and the sender may close its own descriptor.
     ///
     /// # Errors
-    /// EAGAIN and ETOOMANYREFS if the queue has no room now.
+    /// EAGAIN and ETOOMANYREFS if the queue has no room now. [`is_full`] has all errors that are temporary.
     pub fn send(
         &self,
         client: BorrowedFd<'_>,
@@ -188,6 +188,7 @@ pub fn dialect_code(dialect: Option<Dialect>) -> u8 {
     }
 }
 
+/// Returns the dialect with this number in a packet; `None` if it is unknown.
 pub fn dialect(number: u8) -> Option<Dialect> {
     match number {
         1 => Some(Dialect::Frame),
@@ -198,7 +199,7 @@ pub fn dialect(number: u8) -> Option<Dialect> {
     }
 }
 
-/// Decodes a packet; `None` if it does not have this format.
+/// Decodes a packet. `rest` is its memory file, if it has one. Returns `None` if it does not have this format.
 pub fn decode_packet(packet: &[u8], rest: Option<OwnedFd>) -> Option<AdoptedConnection<'_>> {
     let (header, inline) = packet.split_at_checked(HEADER)?;
     let (unread, unsent) = lengths(header)?;

@@ -1,6 +1,6 @@
 //! Defines the ids that master and workers share: slot and generation.
 //!
-//! Each is a separate type, so that the compiler finds a confusion. They are plain values without checks.
+//! Each is a separate type, so that the compiler refuses one for the other. They are plain values without checks.
 
 use std::fmt;
 
@@ -101,7 +101,7 @@ impl Slot {
 }
 
 /// The number of the configuration from which a worker was started: 1 at the start, plus one for each
-/// reload, including refused ones.
+/// reload that starts processes, even if it fails then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Generation(pub u32);
 

@@ -1,5 +1,5 @@
-//! Drains sessions in batches, for an acceptor and for the master, because the adoption queue has room for some hundred
-//! connections only. If all sent at once, most would wait for room and try again and again.
+//! Drains sessions in batches, for an acceptor and for the master, because the adoption queue has room for only about
+//! 270 connections. If all sent at once, most would wait for room and try again and again.
 //!
 //! The next session gets its order when one of the batch has ended. A session with a running call does not
 //! take a place in the batch, and each takes one for a limited time, so that none delays the others for long.
@@ -10,7 +10,7 @@ use std::time::Duration;
 pub const BATCH: usize = 64;
 /// How long a session takes a place in the batch at most, in milliseconds.
 const COUNT_MS: u64 = 1_000;
-/// The time between two checks whether the next sessions can get the order.
+/// The time between two checks whether the next sessions can get the order, in milliseconds.
 pub const LOOK_MS: u64 = 50;
 
 /// A drain under way.

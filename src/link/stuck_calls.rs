@@ -1,6 +1,6 @@
 //! Records the stuck calls of a worker for the master: their methods, ids and threads.
 //!
-//! It is in shared memory, because a worker cannot attach anything to a report. The master skips invalid
+//! The record is in shared memory, because a worker cannot attach anything to a report. The master skips invalid
 //! numbers, because a child is never trusted. A master of another version does not read it and names no
 //! call.
 

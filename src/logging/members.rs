@@ -1,9 +1,9 @@
-//! The members of a JSON line beside its message, for lines that programs read. A text line does not have them.
+//! Adds members to JSON lines of the log, beside the message, for programs that read them. Text lines have none.
 
 use std::cell::RefCell;
 
 thread_local! {
-    /// The object whose members the next line of this thread has.
+    /// The object whose members the lines of this thread have now; empty: none.
     static MEMBERS: RefCell<String> = const { RefCell::new(String::new()) };
 }
 

@@ -93,7 +93,7 @@ impl StoreHealth {
         }
     }
 
-    /// Returns how long to wait for the next try, in milliseconds; `None` if none is due.
+    /// Returns how long to wait for the next try, in milliseconds; `None` if the store is up or damaged.
     pub fn wait_ms(&self, now_ms: u64) -> Option<u64> {
         match self.state {
             StoreState::Away | StoreState::Full => Some(self.next_try_ms.saturating_sub(now_ms)),

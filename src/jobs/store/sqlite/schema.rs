@@ -2,7 +2,7 @@
 //!
 //! A newer release may add tables, indexes, and columns with a default: a new minor version. It never drops,
 //! renames or reinterprets. So a store of a newer minor version can be used, and two versions can work on one
-//! store. A newer major version is refused.
+//! store. Another major version is refused.
 
 use rusqlite::{Connection, TransactionBehavior};
 
@@ -13,7 +13,7 @@ use std::path::Path;
 /// Marks the file as a store of preforkd ("pfjb"; `PRAGMA application_id`).
 pub const APPLICATION_ID: i32 = 0x7066_6a62;
 
-/// The version of the schema that cannot be read by versions with another one.
+/// The major version of the schema. A store with another one is refused.
 pub const MAJOR: u32 = 1;
 
 /// What a minor version adds.
@@ -131,7 +131,7 @@ pub fn sql() -> String {
 /// Returns the version of an open file: `None` if it is empty.
 ///
 /// # Errors
-/// The file is damaged, belongs to another program, or has a newer major version.
+/// The file is damaged, belongs to another program, or has another major version.
 pub fn version(connection: &Connection, path: &Path) -> Result<Option<(u32, u32)>, OpenError> {
     let read = || -> rusqlite::Result<(i32, i64, i64)> {
         let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get(0));
