@@ -47,7 +47,7 @@ impl HeldConnection {
     }
 }
 
-/// All of them, oldest first.
+/// All held connections, oldest first.
 #[derive(Default)]
 pub struct HeldConnections {
     waiting: VecDeque<HeldConnection>,
@@ -62,7 +62,7 @@ impl HeldConnections {
         self.waiting.len() >= MAX_HELD
     }
 
-    /// How many come from the source with this key.
+    /// Returns the number of held connections from the source with this key.
     pub fn count_of_source(&self, key: u64) -> usize {
         let is_its = |held: &&HeldConnection| held.from.1 == Some(key);
         self.waiting.iter().filter(is_its).count()
@@ -83,7 +83,7 @@ impl HeldConnections {
         self.waiting.push_front(held);
     }
 
-    /// Takes a connection that has waited for too long.
+    /// Takes the oldest connection if its time is over at `now_ms`.
     pub fn take_expired(&mut self, now_ms: u64) -> Option<HeldConnection> {
         let is_over = self
             .waiting

@@ -15,7 +15,7 @@ use crate::sys::process_tree::{self, PidFd};
 use crate::sys::shared_memory::OwnedArray;
 use crate::worker_init::{IsolatedInit, WorkerInit};
 
-/// The time between two requests of a session for the same link.
+/// The shortest time between two requests of a session for the same link.
 const ASK_AGAIN_MS: u64 = 100;
 
 /// Returns the parameters of a session, with the memory in which it records its heartbeat. The memory is never
@@ -37,7 +37,8 @@ pub struct Session {
     /// The link to the session; `None` once the session was ordered to end, or has closed its end of the link.
     pub link: Option<MasterEnd>,
     pub is_open: bool,
-    /// When it got its connection. Like the heartbeat, it is not in the table that other sessions can write.
+    /// When it got its connection, in milliseconds. Like the heartbeat, it is not in the table that other sessions can
+    /// write.
     pub opened_ms: u64,
     heartbeat: Option<OwnedArray<AtomicU64>>,
     pub is_ready: bool,
@@ -45,7 +46,7 @@ pub struct Session {
     pub is_killed: bool,
     /// Whether it was killed because it had not exited in time.
     pub is_late: bool,
-    /// The records of the pool processes to which it has asked for links, and when.
+    /// The pool processes (by record) for which it has asked for a link, and when, in milliseconds.
     asked: Vec<(u32, u64)>,
 }
 
@@ -65,7 +66,7 @@ pub enum HandOver {
 pub struct SessionEnds {
     /// The numbers of the records of crashed ones.
     pub crashed: Vec<u32>,
-    /// Those that could not count the end of their connection, and why it ended.
+    /// The sessions that could not count the end of their connection, and why it ended.
     pub lost: Vec<(CloseReason, Pid)>,
 }
 
@@ -86,7 +87,7 @@ impl Session {
         }
     }
 
-    /// Returns when its event loop last ran; 0 if it never has.
+    /// Returns when its event loop last ran, in milliseconds; 0 if it never has.
     pub fn heartbeat_ms(&self) -> u64 {
         let heartbeat = self.heartbeat.as_ref();
         heartbeat.map_or(0, |heartbeat| heartbeat[0].load(Relaxed))

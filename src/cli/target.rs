@@ -1,5 +1,5 @@
 //! Selects the server to call: by an address of the command line, else by the first listener of the
-//! configuration. A running server that is known by its name becomes an address before (`find_running`).
+//! configuration. If the command line names a running server, `find_running` has replaced the name by an address.
 
 use std::path::PathBuf;
 

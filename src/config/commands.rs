@@ -11,7 +11,7 @@ use crate::error::Result;
 
 const MIB: u64 = 1 << 20;
 
-/// Returns the name in an argument that is a placeholder, as in `{name}`.
+/// Returns the name if the whole argument is a placeholder, such as `{name}`.
 pub fn placeholder(argument: &str) -> Option<&str> {
     let name = argument.strip_prefix('{')?.strip_suffix('}')?;
     is_name(name).then_some(name)

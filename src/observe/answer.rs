@@ -31,7 +31,7 @@ impl PageAnswer {
         }
     }
 
-    /// An answer in words.
+    /// Creates a plain-text answer. The statuses 405 and 503 get the header that belongs to them.
     pub fn text(status: u16, text: &str) -> Self {
         let headers = match status {
             405 => "Allow: GET, HEAD\r\n",

@@ -110,7 +110,7 @@ impl ProcessRates {
     }
 }
 
-/// Returns a rate with two digits behind the point: more would be noise.
+/// Returns a rate per second, rounded to two decimals. More digits would be noise.
 pub fn per_second(count: u64, interval_ms: u64) -> f64 {
     match interval_ms {
         0 => 0.0,

@@ -14,7 +14,7 @@ pub enum Route {
     Page,
     Metrics,
     Status,
-    /// The last 300 s of a method; `None`: of all together.
+    /// The last 300 s of a method; `None`: of all methods together.
     History(Option<String>),
     Health,
 }

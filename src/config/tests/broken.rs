@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// A file in broken.txt, and the error that it makes.
+/// Returns each file in broken.txt, and the error that it causes.
 fn cases() -> impl Iterator<Item = (String, &'static str)> {
     include_str!("broken.txt").split("\n\n").map(|case| {
         let (text, error) = case.split_once("\n=> ").unwrap();

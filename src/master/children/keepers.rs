@@ -55,7 +55,7 @@ impl DeadWorker {
         }
     }
 
-    /// Returns the number of connections that the keeper has completed.
+    /// Returns the number of connections that the keeper has handed over or reset.
     fn done(&self) -> u32 {
         let WorkerRecord { kept, reset, .. } = self.record;
         kept.load(Relaxed).wrapping_add(reset.load(Relaxed))

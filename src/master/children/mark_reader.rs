@@ -118,7 +118,7 @@ impl MarkReader {
     }
 
     /// Returns each answered process that was not reaped, with the worker that started it. Also returns the first
-    /// process without an answer, whose read is stuck.
+    /// process without an answer, whose read may be stuck.
     pub fn answers(mut self) -> (Vec<(Pid, Option<Pid>)>, Option<Pid>) {
         self.listen();
         let answers = self.answers.chunks_exact(ANSWER);

@@ -44,7 +44,7 @@ pub struct ControlState {
     /// The number of the next client.
     pub next: u64,
     pub clients: Vec<ClientState>,
-    /// By the number of their client. Older versions do not have them.
+    /// Requests without a result yet, by the number of their client. Older versions do not write them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<(u64, PendingRequest)>,
 }

@@ -10,10 +10,11 @@ use super::listeners::{self, Listener, SocketOptions};
 use crate::config::{ListenConfig, ObserveConfig, Settings};
 use crate::error::{Error, Result};
 
-/// The listeners, and that of the observer, which may be absent.
+/// The listeners, and the listener of the observer (none or one).
 pub type Opened = (Vec<Rc<Listener>>, Vec<Rc<Listener>>);
 
-/// Opens what `settings` name, with those that `current` has already: listeners, and that of the observer.
+/// Opens the listeners of `settings` and the listener of its observer. Keeps those of `current` that are still wanted.
+/// `passed` are the listeners of the service manager.
 ///
 /// # Errors
 /// If an address cannot be bound. Nothing has changed then.
@@ -36,7 +37,7 @@ pub fn open_all(
     }
 }
 
-/// Gives the observer's socket, which was there before, the mode and the options that are wanted now.
+/// Sets the mode and the options that `settings` want for the listener of the observer. A failure is logged.
 pub fn tune(settings: &Settings, observe: &[Rc<Listener>]) {
     let wanted = wanted(&settings.observe);
     listeners::tune_all(wanted.as_slice(), observe, &SocketOptions::of(settings));
@@ -50,7 +51,7 @@ fn wanted(observe: &ObserveConfig) -> Option<ListenConfig> {
     })
 }
 
-/// Names the key to change.
+/// Adds the key to change to the remedy of an error.
 fn named(error: Error) -> Error {
     match error {
         Error::System {

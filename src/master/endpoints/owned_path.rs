@@ -40,8 +40,8 @@ impl OwnedPath {
         }
     }
 
-    /// Returns what is at the path now. This is reliable while the socket is open, because no other file gets its
-    /// inode.
+    /// Returns what is at the path now. This is reliable while the file or socket is open, because no other file gets
+    /// its inode.
     pub fn state(&self) -> PathState {
         match identity(&self.path) {
             None => PathState::Gone,
@@ -50,8 +50,8 @@ impl OwnedPath {
         }
     }
 
-    /// Returns whether the file is gone and may be recreated. If there is another file, logs a warning. It says `name`,
-    /// and then `what`: which file was there, and what follows.
+    /// Returns whether the file is gone and may be recreated. If there is another file, logs a warning with `name`, and
+    /// then `what`: which file was there, and what follows.
     pub fn warn_if_replaced(&self, name: &dyn Display, what: &str) -> bool {
         let state = self.state();
         if state == PathState::Foreign {

@@ -21,8 +21,8 @@ const LOOK_SOON: Millis = 50;
 const LOOKS_AFTER_ACCEPTS: Millis = 1_500;
 /// How long the numbers are checked after a change of the workers.
 const LOOKS_FOR: Millis = 5_000;
-/// How far a worker may be above the mean, and below it ([`LESS_PERCENT`]), in percent. Within these bounds no round
-/// is started, so that normal changes move no connections.
+/// How far above the mean a worker may be, in percent. [`LESS_PERCENT`]: how far below. Within these bounds no round is
+/// started, so that normal changes move no connections.
 const MORE_PERCENT: usize = 10;
 const LESS_PERCENT: usize = 25;
 
