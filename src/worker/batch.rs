@@ -49,7 +49,7 @@ impl UntakenMembers {
         }
     }
 
-    /// Adds the trace context of its HTTP request.
+    /// Adds the trace context and the `X-Request-Id` of its HTTP request.
     #[must_use]
     pub fn of_request(
         self,

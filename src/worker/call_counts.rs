@@ -280,8 +280,8 @@ impl CallCounts {
         }
     }
 
-    /// Counts the inline calls so far if the coarse clock has moved: the next ones take longer. Returns whether it
-    /// did.
+    /// Counts the inline calls so far if the coarse clock has moved, because the next ones end later. Returns whether
+    /// it has counted them.
     #[inline]
     pub fn flush_if_late(&mut self) -> bool {
         let is_late = !self.answered.is_empty() && monotonic_coarse_ms() != self.coarse_ms;

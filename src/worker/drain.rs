@@ -13,11 +13,11 @@
 const PARTIAL_MS: u64 = 1000;
 /// The time between two checks for connections that are quiescent, or that take too long.
 const LOOK_MS: u64 = 25;
-/// The longest delay of an order to drain, in milliseconds. At the deadline the master sends a second one, which means
-/// the end. One that comes earlier than this before the deadline is a late first order.
+/// At the deadline the master sends its order to drain again. That means the end. If an order comes more than this time
+/// (in milliseconds) before the deadline, it is the first order, which was delayed.
 const LATE_ORDER_MS: u64 = 1000;
 /// The time that remains for a drain if the worker was paused until its time had passed. The master,
-/// which was paused too, waits a little longer (`GRACE_AFTER_PAUSE`).
+/// which was paused too, waits a little longer (`GRACE_AFTER_PAUSE` of its policy).
 const GRACE_AFTER_PAUSE_MS: u64 = 800;
 /// The time for sending the last answers at the end.
 const FLUSH_MS: u64 = 150;

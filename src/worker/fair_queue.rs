@@ -3,9 +3,9 @@
 //! Connections take turns, and each begins its oldest call first. So a client that sends a thousand calls ahead delays
 //! only itself. If the queue has not been empty for 100 ms and its next call missed its deadline, the worker is
 //! overloaded. The order above would then begin each call just before its deadline. So the newest call begins first,
-//! because its caller waits longest, and the oldest calls time out before they begin. So a worker that gets several
-//! times the calls that it can run still uses its whole capacity. Calls of one connection that are answered in order
-//! always begin in order. Pure: the caller passes the time.
+//! because it usually has the most time left, and the oldest calls time out before they begin. So a worker that gets
+//! several times the calls that it can run still uses its whole capacity. Calls of one connection that are answered in
+//! order always begin in order. Pure: the caller passes the time.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -64,8 +64,8 @@ impl Waiting {
     }
 }
 
-/// The waiting calls of one executor, each with what is needed to run it. Each operation takes constant
-/// time, except putting a call back into its old place.
+/// The waiting calls of one executor, each with what is needed to run it. Adding, taking or removing one call takes
+/// constant time, except putting a call back into its old place.
 #[derive(Debug)]
 pub struct FairQueue<T> {
     /// By `CallKey::index`.

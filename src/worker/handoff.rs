@@ -218,7 +218,7 @@ impl EventLoop {
         self.stop_giving(reactor);
     }
 
-    /// Stops sending connections; those that wait stay here.
+    /// Stops sending connections. Those that wait for room stay in this worker, unread until their next `pump`.
     pub(super) fn stop_giving(&mut self, reactor: &mut Reactor) {
         self.waiting_to_give.clear();
         reactor.unwatch(QUEUE);

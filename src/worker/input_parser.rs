@@ -25,6 +25,7 @@ use crate::sys::event::Token;
 
 /// An unfinished call up to this size always has room, because most calls are smaller.
 const ALWAYS_ROOM: usize = 16 * 1024;
+/// The answer to a client that begins with the PROXY protocol, and the log line about it.
 const PROXY_PROTOCOL: &str = "the connection begins with the PROXY protocol, which preforkd does not \
      read: it is refused; turn the protocol off in the proxy (send-proxy of HAProxy, proxy_protocol of nginx)";
 /// The answer to a client that begins with TLS, and the log line about it.

@@ -55,6 +55,8 @@ struct RefusedConnection {
 }
 
 impl RefusedConnections {
+    /// Creates an empty set. `close` closes sockets whose close may block.
+    ///
     /// # Errors
     /// If no descriptor is left.
     pub fn new(close: fn(OwnedFd)) -> io::Result<Self> {

@@ -21,7 +21,7 @@ use crate::worker_init::SourceInit;
 /// The limits of a worker, and its connections that count.
 #[derive(Debug, Default)]
 pub struct SourceLimits {
-    /// `Some` iff a listener has a limit.
+    /// `Some` only if a listener has a limit.
     limited: Option<Limited>,
 }
 

@@ -17,7 +17,7 @@ use crate::sys::process::{monotonic, monotonic_ms};
 /// The time between two checks for a signal; each check records a heartbeat.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Calls the program's functions, if there are any.
+/// Calls the program's functions, if there are any, and waits for them until the end of the drain time.
 pub fn run_stop_hooks(event_loop: &mut EventLoop) {
     let registry = &event_loop.service.registry;
     let Some(limit_ms) = event_loop.drain.stop_hook_budget_ms(monotonic_ms()) else {

@@ -1,6 +1,6 @@
 //! Records which handler thread runs which call, for the status and for stuck threads.
 //!
-//! Each thread has one entry and writes only that. A reader may see the call before or after.
+//! Each thread has one entry and writes only that. A reader may see the previous call or the current one.
 
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 

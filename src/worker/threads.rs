@@ -130,7 +130,7 @@ impl Threads {
     /// The threads record in `running` what they run, if it is not empty.
     ///
     /// # Errors
-    /// If no thread can be started.
+    /// If no thread can be started, or no descriptor is left for the programs.
     pub fn start(
         (count, sessions): (usize, Option<&'static [SessionRecord]>),
         pool: Option<usize>,
@@ -251,7 +251,7 @@ impl Threads {
         !self.done.is_empty() || self.pools.has_done()
     }
 
-    /// Returns how many programs of all pools serve, and how many do not.
+    /// In a pool process, returns how many programs of its pool serve, and how many do not.
     pub fn programs(&self) -> (usize, usize) {
         self.pools.main().serving_and_down()
     }

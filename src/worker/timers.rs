@@ -62,7 +62,7 @@ impl Timers {
         self.set.first().map(|(at, _)| *at)
     }
 
-    /// Removes one deadline that has passed.
+    /// Removes one deadline that has passed. The variable of `arm` keeps the time until the caller sets it to 0.
     pub fn expired(&mut self, now: u64) -> Option<TimerTarget> {
         let &(at, target) = self.set.first()?;
         (at <= now).then(|| {

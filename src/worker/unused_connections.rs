@@ -32,7 +32,7 @@ pub struct UnusedConnections {
 #[derive(Debug, Default)]
 struct OfSource {
     by_age: ByAge,
-    /// When a connection whose time for the first call was over was last closed.
+    /// When a connection was last closed after its time for the first call, in milliseconds.
     evicted_ms: Option<u64>,
 }
 

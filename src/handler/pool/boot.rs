@@ -23,7 +23,7 @@ pub enum Stage {
 
 #[derive(Debug)]
 pub(super) struct Boot {
-    /// How many are not ready yet, and why one cannot become ready.
+    /// The number of programs that are not ready yet, and why one cannot become ready.
     state: Mutex<(usize, Option<String>)>,
     /// The last lines that the programs have written to standard error. `None` if a failure does not quote them,
     /// because the master gets the lines of the log anyway.
@@ -57,7 +57,7 @@ impl Boot {
         }
     }
 
-    /// Only the first reason is kept, with the last lines of the programs.
+    /// Records that a program cannot become ready. Only the first reason is kept, with the last lines of the programs.
     pub fn fail(&self, mut reason: String) {
         for line in self
             .said

@@ -116,7 +116,7 @@ impl ProcessPools {
         std::iter::once(&mut self.main).chain(self.own.iter_mut().map(|(_, pools)| pools))
     }
 
-    /// As [`Pools::attend`]. Pools of a connection have one program each, with the number of its place here.
+    /// As [`Pools::attend`]. A pool of a connection has one program, whose number is the index of the pool in `own`.
     pub fn attend(&mut self, program: usize) {
         match self.own.get_mut(program) {
             Some((_, pools)) => pools.attend(0),
@@ -182,7 +182,7 @@ impl ProcessPools {
     }
 }
 
-/// Returns whether no program serves, and none follows.
+/// Returns whether no program serves and none will be started.
 fn is_over(pools: &Pools) -> bool {
     pools.queue.as_ref().is_some_and(Dispatcher::is_vacant)
 }

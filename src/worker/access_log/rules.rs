@@ -14,14 +14,14 @@ pub struct AccessRules {
     limit: Option<u64>,
     /// Calls that take longer have one; `None`: there is no such rule.
     above_ns: Option<u64>,
-    /// By the place of a method on the metrics board, whether its calls may have one; empty: all.
+    /// Whether calls of a method may have a line, by its place on the metrics board; empty: all may.
     places: Box<[bool]>,
     /// The names of such methods, for those without a place of their own.
     names: Box<[String]>,
 }
 
 impl AccessRules {
-    /// `place` returns the place of a method by its name.
+    /// Creates the rules of `config`. `place` returns the place of a method by its name.
     pub fn new(config: &AccessLogConfig, place: impl Fn(&str) -> usize) -> Self {
         let mut places = Vec::new();
         if !config.methods.is_empty() {
@@ -47,8 +47,8 @@ impl AccessRules {
         self.above_ns.is_some()
     }
 
-    /// Returns whether a call has a line. `name` is that of its method, `ids` its trace id, 0 for none, and the two
-    /// numbers of its own id.
+    /// Returns whether a call has a line. `place` and `name` are those of its method. `trace_id` is 0 without a trace;
+    /// `pid` and `number` are the parts of the call's own id.
     #[inline]
     pub fn takes(
         &self,

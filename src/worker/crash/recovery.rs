@@ -59,8 +59,9 @@ pub struct CrashedCall {
 /// The recorded state of a connection.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionSnapshot {
+    /// Its flags; see `journal::note`.
     pub note: u32,
-    /// Whether only the worker had bytes that the kernel had not taken.
+    /// Whether the worker had unsent bytes, which are lost with its memory.
     pub owed: bool,
     /// Bytes that were adopted with it to be sent first, and were not sent.
     pub unsent: Vec<u8>,
@@ -105,6 +106,8 @@ pub enum Recovery {
     Reset,
 }
 
+/// Decides about the connection `held`. `receiving` and `sending` are its system calls that were in progress; `None`:
+/// there was none. `http` is for the answers of calls over HTTP.
 pub fn decide(
     held: &ConnectionSnapshot,
     receiving: Option<Receiving>,

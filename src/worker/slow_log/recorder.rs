@@ -43,7 +43,7 @@ enum RecordStep {
     },
 }
 
-/// The event loop's side.
+/// The event loop's side of the recorder.
 #[derive(Debug)]
 pub(super) struct Recorder {
     ring: &'static SlowRing,
@@ -106,7 +106,7 @@ impl Recorder {
         }
     }
 
-    /// Returns whether the master must be asked. Returns true once for each question.
+    /// Returns whether the master must be asked. Returns true once for all questions since the last call.
     pub fn takes_question(&self) -> bool {
         self.asks_master && self.question.swap(false, Ordering::Relaxed)
     }

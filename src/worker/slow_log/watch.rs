@@ -118,7 +118,7 @@ impl SlowWatch {
         }
     }
 
-    /// Returns the lowest threshold; `None` if nothing is slow and no slow call runs.
+    /// Returns the lowest threshold; `u64::MAX` if no method has one but a slow call runs, `None` if none runs either.
     #[inline]
     fn lowest_ns(&self) -> Option<u64> {
         let lowest = self.header.slow.lowest_ns();
