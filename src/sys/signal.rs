@@ -116,9 +116,19 @@ pub fn interrupt_flag() -> io::Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// Blocks every signal in the calling thread.
+/// Blocks every signal in the calling thread, except those of faults: if the thread itself raises one that is blocked,
+/// the kernel kills the process and calls no handler, so the crash would not be recorded.
 pub fn block_all() {
-    set_mask(&SigSet::all());
+    set_mask(&all_but_faults());
+}
+
+fn all_but_faults() -> SigSet {
+    let mut signals = SigSet::all();
+    let faults = FAULTS
+        .into_iter()
+        .filter_map(|fault| Signal::try_from(fault).ok());
+    faults.for_each(|fault| signals.remove(fault));
+    signals
 }
 
 /// Unblocks every signal in the calling thread, whatever mask it inherited.
@@ -126,9 +136,10 @@ pub fn unblock_all() {
     set_mask(&SigSet::empty());
 }
 
-/// Runs `run` with all signals blocked in this thread, for example to start a thread that gets none.
+/// Runs `run` with the same signals blocked as by [`block_all`] in this thread, for example to start a thread that gets
+/// none of them.
 pub fn with_signals_blocked<T>(run: impl FnOnce() -> T) -> T {
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+    let before = all_but_faults().thread_swap_mask(SigmaskHow::SIG_SETMASK);
     let result = run();
     if let Ok(before) = before {
         let _ = before.thread_set_mask();

@@ -80,11 +80,20 @@ fn a_call_that_ends_its_worker_three_times_is_refused_until_the_next_reload() {
 }
 
 #[test]
-fn whoever_only_ran_beside_it_goes_on() {
+fn a_call_that_only_ran_beside_an_abort_is_not_refused() {
+    a_call_beside_is_not_refused("abort");
+}
+
+#[test]
+fn a_call_that_only_ran_beside_a_fault_of_the_processor_is_not_refused() {
+    a_call_beside_is_not_refused("fill the stack");
+}
+
+fn a_call_beside_is_not_refused(how: &str) {
     let daemon = daemon("ended by SIG");
     let (mut client, mut beside) = (daemon.client(), daemon.client());
     let long = json!({"in": "wait", "params": 60_000}).to_string();
-    let crash = json!({"in": "crash", "params": "abort"});
+    let crash = json!({"in": "crash", "params": how});
     for deaths in 1..=3 {
         beside.send(&long);
         daemon.wait_running(1);
