@@ -209,7 +209,7 @@ impl CallCounts {
                 *count += 1;
             }
             CountedCall::Refused(place) => {
-                self.writer.add(&self.writer.block.calls[place], 1);
+                self.writer.count_calls(place, 1);
             }
             CountedCall::Ended {
                 place,
@@ -236,10 +236,11 @@ impl CallCounts {
     }
 
     /// Counts a call whose connection is gone, so that it gets no answer.
-    pub fn count_unanswered(&mut self, ended: &FinishedCall, error: &RpcError) {
+    pub fn count_unanswered(&mut self, ended: &FinishedCall, error: &RpcError) -> CountedCall {
         let counted = self.ended(ended, None);
-        self.count(counted);
         self.count_error(counted, error);
+        self.count(counted);
+        counted
     }
 
     /// Counts a call that was sent to another worker. Pool processes are no workers.
@@ -254,7 +255,7 @@ impl CallCounts {
             .add(&self.writer.block.returned, u64::from(lane == 0));
     }
 
-    /// Counts the error with which a call was answered.
+    /// Counts the error with which a call was answered. Call it before [`Self::count`].
     #[cold]
     pub fn count_error(&self, call: CountedCall, error: &RpcError) {
         let code = error
@@ -267,7 +268,6 @@ impl CallCounts {
         let (writer, block) = (&self.writer, self.writer.block);
         let cells = &block.methods[place];
         let total = self.now_ns.saturating_sub(read_ns);
-        writer.add(&block.calls[place], 1);
         writer.observe(&cells.duration, total, 1);
         writer.raise(&cells.longest_ns, total);
         let run = took.filter(|_| begun).map(|took| took.as_nanos() as u64);
@@ -278,6 +278,7 @@ impl CallCounts {
         if let Some(run) = run.filter(|_| self.records_runs) {
             writer.observe(&block.runs[place], run, 1);
         }
+        writer.count_calls(place, 1);
     }
 
     /// Counts the inline calls so far if the coarse clock has moved, because the next ones end later. Returns whether
@@ -311,12 +312,12 @@ impl CallCounts {
         for place in self.answered.drain(..).map(usize::from) {
             let count = u64::from(std::mem::take(&mut self.inline[place]));
             let cells = &block.methods[place];
-            writer.add(&block.calls[place], count);
             writer.observe(&cells.duration, took, count);
             writer.raise(&cells.longest_ns, took);
             if self.records_runs {
                 writer.observe(&block.runs[place], took, count);
             }
+            writer.count_calls(place, count);
         }
         self.coarse_ms = monotonic_coarse_ms();
     }

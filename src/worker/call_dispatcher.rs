@@ -278,7 +278,8 @@ impl CallDispatcher {
         let admitted = if timeout_ms == 0 {
             Err(call_errors::over_when_read())
         } else {
-            self.admit(connection, (method, params.len()), inline)
+            let size = params.len() + id.map_or(0, str::len);
+            self.admit(connection, (method, size), inline)
         };
         if let Err(error) = admitted {
             return self.refuse(connection, reply, place, (id, error));
@@ -532,7 +533,6 @@ impl CallDispatcher {
         if is_full {
             self.fill_batch(connection, reply.place);
         }
-        self.counts.count(counted);
         if let Err(error) = &outcome {
             self.counts.count_error(counted, error);
             // An answer that is not sent is not counted.
@@ -545,6 +545,7 @@ impl CallDispatcher {
                 });
             }
         }
+        self.counts.count(counted);
         if has_line {
             let answer = (reply.shape.form, outcome.as_ref().err(), sent_bytes);
             let counts = (&self.counts, counted, self.last_call);

@@ -100,8 +100,7 @@ impl CallDispatcher {
                     return self.reject_protocol(connection, TLS, input);
                 }
                 DecodedFrame::TooLarge { length } => {
-                    let limit = self.limits.frame;
-                    let text = frame::too_large(length, limit);
+                    let text = frame::too_large(length, self.limits.frame);
                     return self.reject_too_large(connection, Framing::Frame, text, input);
                 }
             }
@@ -134,7 +133,7 @@ impl CallDispatcher {
                     break;
                 }
                 line::DecodedLine::TooLarge => {
-                    let text = format!("a line of more than limits.frame allows, {limit} bytes");
+                    let text = format!("the line is longer than limits.frame ({limit} bytes)");
                     return self.reject_too_large(connection, Framing::Line, text, input);
                 }
             }
@@ -182,12 +181,10 @@ impl CallDispatcher {
                 http::DecodedRequest::Refused(refusal) => {
                     connection.phase = ConnectionPhase::Closing;
                     connection.ends_by(CloseReason::Protocol);
-                    self.refuse_request(
-                        connection,
-                        http::ResponseOptions::default(),
-                        &refusal,
-                        None,
-                    );
+                    self.journal.reaches(input.len());
+                    self.journal.mark_closing(connection);
+                    let reply = http::ResponseOptions::default();
+                    self.refuse_request(connection, reply, &refusal, None);
                 }
             }
         }
@@ -258,8 +255,8 @@ impl CallDispatcher {
         self.begin_call(from, size);
         self.errors += 1;
         let counted = CountedCall::Refused(self.counts.place(None));
-        self.counts.count(counted);
         self.counts.count_error(counted, error);
+        self.counts.count(counted);
         let counts = (&self.counts, counted, self.last_call);
         (self.access).answered(Some(from), (Form::ParamsOnly, Some(error), 0), counts);
     }
@@ -326,6 +323,8 @@ impl CallDispatcher {
         input: &[u8],
     ) -> usize {
         self.begin_call(connection, input.len());
+        self.journal.reaches(input.len());
+        self.journal.mark_closing(connection);
         let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
         let error = RpcError::of(Code::TooLarge, why, false);
         self.answer_error(connection, reply, None, error);

@@ -92,3 +92,29 @@ fn a_stored_board_of_version_1_is_read_and_continued() {
     BlockWriter::new(access.block, false).add(&access.block.calls[access.method(0)], 1);
     assert_eq!(reader.methods(false)[2].calls, 4);
 }
+
+#[test]
+fn the_counts_of_a_method_are_read_again_after_a_further_call() {
+    let mut board = MetricsBoard::new(1).unwrap();
+    let access = board.access(
+        0,
+        [("a", HandlerKind::Function)].into_iter(),
+        [].into_iter(),
+    );
+    let access = access.unwrap();
+    let (writer, place) = (BlockWriter::new(access.block, false), access.method(0));
+    let reader = BoardReader::new(board.file().try_clone().unwrap()).unwrap();
+    let durations = || reader.methods(false)[0].duration.count();
+    writer.observe(&access.block.methods[place].duration, 70_000, 1);
+    writer.count_calls(place, 1);
+    assert_eq!(durations(), 1);
+    writer.observe(&access.block.methods[place].duration, 70_000, 1);
+    assert_eq!(durations(), 1, "the second call is not counted yet");
+    writer.count_calls(place, 1);
+    assert_eq!(durations(), 2);
+    writer.observe(&access.block.runs[place], 60_000, 2);
+    assert_eq!(reader.methods(true)[0].run.count(), 2);
+    // What belongs to no call is always read.
+    writer.add(&access.block.command_cpu_ns[place], 5);
+    assert_eq!(reader.methods(true)[0].command_cpu_ns, 5);
+}

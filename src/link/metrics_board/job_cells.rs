@@ -119,13 +119,16 @@ impl StatusText {
             if before == 0 {
                 return None;
             }
+            if before & 1 == 1 {
+                std::thread::yield_now();
+                continue;
+            }
             let length = self.length.load(Relaxed).min(MOST_STATUS as u64);
             let text = load_text(&self.words[..(length as usize).div_ceil(8)], length as u32);
             fence(Acquire);
-            if before & 1 == 0 && self.writes.load(Relaxed) == before {
+            if self.writes.load(Relaxed) == before {
                 return Some(text);
             }
-            std::hint::spin_loop();
         }
         None
     }

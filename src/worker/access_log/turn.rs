@@ -29,9 +29,8 @@ pub fn between_answers(service: &mut CallDispatcher) {
 /// Counts a call whose connection is gone, so that it gets no answer.
 pub fn count_unanswered(service: &mut CallDispatcher, ended: &FinishedCall) {
     let error = caller_gone(ended.begun);
-    service.counts.count_unanswered(ended, &error);
+    let counted = service.counts.count_unanswered(ended, &error);
     let before = service.access.switch_to(ended);
-    let counted = service.counts.ended(ended, None);
     let counts = (&service.counts, counted, service.last_call);
     let answer: AnswerFacts<'_> = (ended.reply.shape.form, Some(&error), 0);
     service.access.answered(None, answer, counts);

@@ -214,8 +214,8 @@ fn recover_connections(
             for call in crashed {
                 let method = call.method;
                 let place = method.map_or(OTHER, |method| boot.metrics.method(method));
-                writer.add(&writer.block.calls[place], 1);
                 writer.count_error(place, Code::Crashed as usize, call.begun);
+                writer.count_calls(place, 1);
                 lines.add(call, place, peer(&socket));
             }
             lines.flush();
