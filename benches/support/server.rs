@@ -204,10 +204,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // No other code waits for it, so its pid cannot have been reused.
+        // No other code waits for it, so its pid cannot have been reused. It stops at once: its calls may run for minutes.
         let _ = kill(
             Pid::from_raw(self.child.id().cast_signed()),
-            Signal::SIGTERM,
+            Signal::SIGQUIT,
         );
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(&self.directory);

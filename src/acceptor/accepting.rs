@@ -296,6 +296,15 @@ impl<'a> Accepting<'a> {
         ));
     }
 
+    /// Stops adopting connections, because a process has shut the queue down.
+    pub(super) fn leave_queue(&mut self) {
+        self.sources.leave_queue(&self.epoll);
+        self.warn(
+            "a process has shut the adoption queue of this listener down: until the server restarts, sessions keep \
+             their connections at a reload, and close them at the end of their drain",
+        );
+    }
+
     /// Where a connection comes from, with the key of its source if that is counted.
     pub(super) fn source_of(&self, client: &OwnedFd) -> ConnectionSource {
         let peer = socket::peer(client);

@@ -60,8 +60,8 @@ pub fn accept(accepting: &mut Accepting<'_>, all: bool) {
             accepting.note_limit(true);
             let limit = accepting.isolation.processes;
             accepting.warn(&format!(
-                "{limit} connections are open, as many as processes allows for the listener: the others \
-                 wait until one ends"
+                "{limit} connections are open, as many as processes allows for the listener: further ones \
+                 wait until one ends; raise processes"
             ));
             return accepting.wait_for_room(false);
         }
@@ -95,9 +95,11 @@ pub fn adopt(accepting: &mut Accepting<'_>, all: bool) {
     let most = if all { MAX_LAST_ACCEPTS } else { MAX_ACCEPTS };
     for _ in 0..most {
         if accepting.is_overfull() {
-            if all && let Ok((_, client)) = accepting.sources.adopt(&mut packet) {
+            if all && let Ok((length, client)) = accepting.sources.adopt(&mut packet) {
+                if is_connection(&packet[..length], &client) {
+                    accepting.count_closed(CloseReason::Limit);
+                }
                 sessions::close(client);
-                accepting.count_closed(CloseReason::Limit);
                 continue;
             }
             accepting.wait_for_room(true);
@@ -140,8 +142,10 @@ pub fn adopt(accepting: &mut Accepting<'_>, all: bool) {
             Err(error) => {
                 accepting.sessions.keep_spare(session);
                 // A queue that stays watched would use 100 % CPU.
-                if error.kind() != io::ErrorKind::WouldBlock {
-                    accepting.pause(RETRY_MS, &error);
+                match error.kind() {
+                    io::ErrorKind::WouldBlock => {}
+                    io::ErrorKind::BrokenPipe => accepting.leave_queue(),
+                    _ => accepting.pause(RETRY_MS, &error),
                 }
                 break;
             }

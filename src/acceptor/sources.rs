@@ -11,6 +11,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use crate::config::IsolationConfig;
 use crate::link::adoption_queue::is_packet;
 use crate::link::source_table::{SourceLimit, SourceTables};
+use crate::sys::event::is_queue_shut_down;
 use crate::sys::process::{descriptors_left, process_limit};
 use crate::sys::{memory_file, socket};
 use crate::worker_init::WorkerInit;
@@ -23,6 +24,7 @@ pub struct Sources {
     /// `None` once nothing more is accepted.
     listener: Option<Rc<OwnedFd>>,
     queue: Rc<OwnedFd>,
+    has_queue_ended: bool,
     is_listening: bool,
     /// When to watch them again after a pause.
     resume_at_ms: u64,
@@ -33,6 +35,7 @@ impl Sources {
         Sources {
             listener,
             queue,
+            has_queue_ended: false,
             is_listening: false,
             resume_at_ms: 0,
         }
@@ -66,10 +69,8 @@ impl Sources {
         // The acceptor of another generation may accept too. With EPOLLEXCLUSIVE, the kernel wakes one of the
         // acceptors for each connection.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
-        for (fd, number) in [Some((self.queue.as_fd(), queue)), listener]
-            .into_iter()
-            .flatten()
-        {
+        let queue = (!self.has_queue_ended).then_some((self.queue.as_fd(), queue));
+        for (fd, number) in [queue, listener].into_iter().flatten() {
             match epoll.add(fd, EpollEvent::new(flags, number)) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(error) => return Err(error.into()),
@@ -121,12 +122,23 @@ impl Sources {
     /// its descriptors.
     ///
     /// # Errors
-    /// EAGAIN if there is no packet, EMFILE if there is no descriptor for it; other errors of recvmsg(2).
+    /// EAGAIN if there is no packet, EMFILE if there is no descriptor for it, EPIPE if the queue was shut down; other
+    /// errors of recvmsg(2).
     pub fn adopt(&self, packet: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
         if !socket::has_room_for_packet(&*self.queue) {
             return Err(Errno::EMFILE.into());
         }
-        socket::receive_packet(&*self.queue, packet)
+        let received = socket::receive_packet(&*self.queue, packet)?;
+        match received.0 == 0 && received.1.is_empty() && is_queue_shut_down(&*self.queue) {
+            true => Err(Errno::EPIPE.into()),
+            false => Ok(received),
+        }
+    }
+
+    /// Stops watching the queue for ever, because a process has shut it down: it would always be readable.
+    pub fn leave_queue(&mut self, epoll: &Epoll) {
+        let _ = epoll.delete(self.queue.as_fd());
+        self.has_queue_ended = true;
     }
 }
 

@@ -9,7 +9,7 @@ use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
     DeathStatus, IsolatedStatus, LastReload, ListenerStatus, MasterStatus, PoolStatus, Quarantined,
-    Status, WorkerPhase, WorkerStatus, version_of,
+    Status, ThrottleStatus, WorkerPhase, WorkerStatus, version_of,
 };
 
 /// The largest number of deaths that are shown. `status --json` has all.
@@ -36,7 +36,7 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     let lost = status.master.lost_log_lines;
     if lost > 0 {
         let line = format!(
-            "the log can't be written: {} lost",
+            "could not write the log: {} lost",
             units::plural(lost, "line")
         );
         page += &Style::Red.on(&line, colours);
@@ -91,6 +91,11 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     page
 }
 
+fn next_try(throttle: &ThrottleStatus) -> String {
+    let wait = units::milliseconds(throttle.retry_in_ms);
+    format!("next try in {wait}")
+}
+
 fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     let MasterStatus {
         pid,
@@ -102,11 +107,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         ..
     } = &status.master;
     // Only workers of the serving generation, because a drained worker would hide a missing one.
-    let ready = status
-        .workers
-        .iter()
-        .filter(|worker| worker.state == WorkerPhase::Ready && worker.generation == *generation)
-        .count();
+    let ready = status.ready_workers();
     let paint = match ready {
         0 => Style::Red,
         _ if ready < *target => Style::Yellow,
@@ -219,10 +220,7 @@ fn pools(pools: &[PoolStatus]) -> TextTable {
             let age = units::milliseconds(call.age_ms);
             format!("{}, {age}", call.method)
         });
-        let throttle = pool.throttle.as_ref().map(|throttle| {
-            let wait = units::milliseconds(throttle.retry_in_ms);
-            format!("next try in {wait}")
-        });
+        let throttle = pool.throttle.as_ref().map(next_try);
         table.row([
             Cell::new(&*printable(&pool.name)),
             Cell::new(pool.pid.map_or("-".into(), |pid| pid.to_string())),
@@ -256,10 +254,7 @@ fn isolated(listeners: &[IsolatedStatus]) -> TextTable {
         ("", Left),
     ]);
     for listener in listeners {
-        let throttle = listener.throttle.as_ref().map(|throttle| {
-            let wait = units::milliseconds(throttle.retry_in_ms);
-            format!("next try in {wait}")
-        });
+        let throttle = listener.throttle.as_ref().map(next_try);
         table.row([
             Cell::new(&*printable(&listener.address)),
             Cell::new(listener.pid.map_or("-".into(), |pid| pid.to_string())),
@@ -333,9 +328,8 @@ fn remark(worker: &WorkerStatus) -> String {
     let for_others = (worker.running_for_others > 0)
         .then(|| format!("runs {} of other workers", worker.running_for_others));
     let throttle = worker.throttle.as_ref().map(|throttle| {
-        let wait = units::milliseconds(throttle.retry_in_ms);
         let failures = units::plural(throttle.failures.into(), "failure");
-        format!("{failures}, next try in {wait}")
+        format!("{failures}, {}", next_try(throttle))
     });
     let parts: Vec<_> = [call, silent, lost, down, sent, for_others, throttle]
         .into_iter()
@@ -417,11 +411,7 @@ fn deaths(deaths: &[DeathStatus], now: u64) -> TextTable {
         ("REASON", Align::Left),
     ]);
     for death in deaths.iter().rev().take(DEATHS_SHOWN) {
-        let end = match (&death.signal, death.exit) {
-            (Some(signal), _) => signal.clone(),
-            (None, Some(code)) => format!("exit {code}"),
-            (None, None) => "-".into(),
-        };
+        let end = death.end();
         let clean = death.signal.is_none() && death.exit == Some(0);
         table.row([
             Cell::new(units::seconds(now.saturating_sub(death.at))),

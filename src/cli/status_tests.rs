@@ -126,7 +126,7 @@ preforkd 0.1.0  pid 4242  generation 3  up 4d 4h  2 of 3 workers ready
 configuration /etc/preforkd/preforkd.toml  binary /usr/bin/preforkd
 last reload: fine, 3m 20s ago
 stops in 4.2s: calls are served, health checks get 503
-the log can't be written: 1,234 lines lost
+could not write the log: 1,234 lines lost
 the access log has lost 56 lines since the start
 warning: workers run as root
 

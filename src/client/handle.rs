@@ -91,11 +91,18 @@ impl<R: DeserializeOwned> Handle<R> {
         }
     }
 
-    /// Waits for the result for at most this time. The timeout of a pipeline does not shorten the wait.
+    /// Waits for the result for at most this time. If the timeout of the pipeline ends before, the result is
+    /// [`ClientError::TimedOut`].
     ///
     /// # Errors
     /// The handle, if the result is not there by then.
     pub fn wait_for(self, limit: Duration) -> Result<Result<R, ClientError>, Self> {
+        let left = self
+            .limit
+            .map(|(deadline, _)| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left <= limit) {
+            return Ok(self.wait());
+        }
         match self.outcome.recv_timeout(limit) {
             Ok(outcome) => Ok(outcome.and_then(|reply| reply.read())),
             Err(RecvTimeoutError::Timeout) => Err(self),

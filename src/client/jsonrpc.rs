@@ -112,7 +112,7 @@ fn parse(body: &[u8], method: &str, id: &str) -> Result<Reply, ClientError> {
             Err(ClientError::Refused(error.into()))
         }
         (Some(_), None) | (None, Some(_)) => Err(alien(format!(
-            "the call's id is {id}, but its own is {echoed}"
+            "the id of the call is {id}, but the id of the answer is {echoed}"
         ))),
         (None, None) => Err(alien("it has neither a result nor an error".into())),
         (Some(_), Some(_)) => Err(alien("it has both a result and an error".into())),
@@ -193,8 +193,8 @@ mod tests {
             (r#"["2.0", 1, null, 7]"#, "not an object"),
             (r#"{"out":"pong","result":1}"#, "jsonrpc"),
             (r#"{"jsonrpc":"1.0","result":1,"id":7}"#, "version"),
-            (r#"{"jsonrpc":"2.0","result":1,"id":8}"#, "id is 7"),
-            (r#"{"jsonrpc":"2.0","result":1}"#, "own is null"),
+            (r#"{"jsonrpc":"2.0","result":1,"id":8}"#, "call is 7"),
+            (r#"{"jsonrpc":"2.0","result":1}"#, "answer is null"),
             (r#"{"jsonrpc":"2.0","id":7}"#, "neither"),
             (
                 r#"{"jsonrpc":"2.0","result":1,"error":{"code":1,"message":""},"id":7}"#,

@@ -254,6 +254,10 @@ mod tests {
         stream
             .write_all(&framed(r#"{"out":"sleep","result":30,"id":1}"#))
             .unwrap();
+        let late: Handle<i64> = pipeline.submit("sleep", 30).unwrap();
+        let ended = late.wait_for(Duration::from_secs(60)).unwrap();
+        assert!(matches!(ended, Err(ClientError::TimedOut(_))), "{ended:?}");
+        assert_eq!(unanswered(&pipeline), 0);
         let dropped: Handle<i64> = pipeline.submit("ping", 2).unwrap();
         drop(dropped);
         assert_eq!(unanswered(&pipeline), 0);

@@ -40,7 +40,7 @@ pub(super) fn parse(body: &[u8], id: Option<&str>) -> Outcome {
     // Errors have the id only if the server could read it.
     if outcome.is_ok() && echoed != id {
         return Err(ClientError::Protocol(format!(
-            "the call's id is {}, but the answer's is {}",
+            "the id of the call is {}, but the id of the answer is {}",
             id.unwrap_or("none"),
             echoed.unwrap_or("none"),
         )));

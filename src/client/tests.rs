@@ -216,7 +216,7 @@ fn what_is_no_answer_to_the_call_is_a_protocol_error() {
             framed(r#"{"out":"error","result":"no"}"#),
             "not an answer: the result",
         ),
-        (framed(r#"{"out":"pong","result":1,"id":8}"#), "id is 7"),
+        (framed(r#"{"out":"pong","result":1,"id":8}"#), "call is 7"),
     ] {
         let (address, _server) = scripted(vec![answer]);
         let mut client = Client::connect(&address, PATIENCE).unwrap();

@@ -89,11 +89,11 @@ fn check_placeholders(key: &str, command: &[String], check: &Check<'_>) -> Resul
         }
     }
     match command.first() {
-        Some(name) if placeholder(name).is_some() => {
-            Err(check
-                .places
-                .error(key, "a caller can't name the program", "name it here"))
-        }
+        Some(name) if placeholder(name).is_some() => Err(check.places.error(
+            key,
+            "the program cannot be a placeholder",
+            "write its path here",
+        )),
         _ => Ok(()),
     }
 }

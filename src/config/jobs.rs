@@ -34,7 +34,7 @@ pub(super) fn resolve(
             None => Ok(None),
             Some((name, _)) => Err(check.places.error(
                 &join(&join("methods", name), "job"),
-                "there is no [jobs], so it has no effect",
+                "this table has no effect without [jobs]",
                 "add the table [jobs], or remove this one",
             )),
         };
@@ -88,9 +88,11 @@ fn store(check: &Check<'_>, jobs: &RawJobs) -> Result<JobStore> {
     let error = |problem: String, remedy: &str| Err(check.places.error(KEY, problem, remedy));
     let write = "write \"sqlite:PATH\", such as \"sqlite:jobs.db\"";
     let Some(text) = &jobs.store else {
-        return Err(check
-            .places
-            .error("jobs", "store is missing: where jobs are kept", write));
+        return Err(check.places.error(
+            "jobs",
+            "store is missing: it names the database of the jobs",
+            write,
+        ));
     };
     let masked = masked(text);
     let Some((scheme, path)) = text.split_once(':') else {
@@ -282,7 +284,7 @@ fn rules(
         return Err(check.places.error(
             &join(key, set),
             format!(
-                "the first delay ({}) is longer than the longest one ({})",
+                "backoff ({}) is longer than max-backoff ({})",
                 DurationValue(backoff),
                 DurationValue(max_backoff)
             ),

@@ -192,7 +192,13 @@ pub(super) fn syntax(message: &str, text: &str, at: usize) -> (String, String) {
         && value.contains(|c: char| c.is_alphabetic() || "/:".contains(c));
     if is_text && is_wrong(value) && !is_wrong(&format!("\"{value}\"")) {
         let problem = "this is not TOML: a string needs quotes".to_owned();
-        return (problem, format!("write {key} = \"{value}\""));
+        // A URL may contain a password.
+        let shown = if value.contains('@') || value.contains("://") {
+            "..."
+        } else {
+            value
+        };
+        return (problem, format!("write {key} = \"{shown}\""));
     }
     let remedy = match message.starts_with("string values must be quoted") {
         true => "put each text in quotes",

@@ -93,7 +93,7 @@ mod tests {
         assert_eq!((kept.account, kept.warnings.len()), (None, 3));
         assert_eq!(kept.warnings[0], ROOT_WORKERS);
         assert!(kept.warnings[1].starts_with("0.0.0.0:3 can be reached"));
-        assert!(kept.warnings[2].starts_with("user can't change"));
+        assert!(kept.warnings[2].starts_with("user cannot change"));
         // A master that has given up root is not warned.
         let kept = keep_restart_only_keys(of(public), &new);
         assert_eq!((kept.account.is_some(), kept.warnings.len()), (true, 1));

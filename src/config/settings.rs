@@ -76,8 +76,11 @@ impl Settings {
     /// Returns the warning about keys that need a restart, if there are any.
     pub fn restart_warning(&self) -> Option<String> {
         let keys = self.needs_restart.join(", ");
-        (!keys.is_empty())
-            .then(|| format!("{keys} can't change while the master runs: restart the server"))
+        (!keys.is_empty()).then(|| {
+            format!(
+                "{keys} cannot change while the master runs; restart the server to apply the change"
+            )
+        })
     }
 }
 

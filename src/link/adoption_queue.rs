@@ -119,9 +119,7 @@ impl AdoptionQueue {
         let rest = memory_file::create(&[unsent, unread].concat())?;
         socket::send_packet(&self.tx, &[&header], &[client, rest.as_fd()])
     }
-}
 
-impl AdoptionQueue {
     /// Sends a connection with the packet that it arrived with.
     ///
     /// # Errors

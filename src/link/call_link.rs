@@ -17,6 +17,8 @@ use crate::sys::{closer, socket};
 
 /// With more unsent bytes than this, no further call is sent.
 const CONGESTED_LEN: usize = 1024 * 1024;
+/// The largest number of links of a process to workers. Each needs a descriptor in both processes.
+pub const MAX_LINKS: usize = 64;
 /// The largest number of reads from one link before the others get their turn.
 pub const MAX_READS: usize = 16;
 /// An empty buffer that is larger than this is freed.

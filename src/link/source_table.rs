@@ -181,12 +181,13 @@ impl SourceTables {
         if count > 0
             && let Some(place) = self.places(process, key).find(is_free)
         {
-            place.key.store(key, Relaxed);
-            place.count.store(count, Release);
+            // First: the process may be killed after it has written the count, which must then be cleared.
             let (word, bit) = (&self.used[process / 64], 1 << (process % 64));
             if word.load(Relaxed) & bit == 0 {
                 word.fetch_or(bit, Release);
             }
+            place.key.store(key, Relaxed);
+            place.count.store(count, Release);
         }
     }
 
@@ -221,7 +222,8 @@ impl SourceTables {
     /// Returns whether a refusal may be logged now. If so, no process logs another one within the next 10 s.
     pub fn may_log(&self, now_ms: u64) -> bool {
         let before = self.logged_ms.load(Relaxed);
-        let is_due = before == 0 || now_ms >= before.saturating_add(LOG_PERIOD_MS);
+        // A time in the future is not trusted: it would silence all processes.
+        let is_due = before == 0 || now_ms.abs_diff(before) >= LOG_PERIOD_MS;
         is_due
             && (self.logged_ms)
                 .compare_exchange(before, now_ms.max(1), Relaxed, Relaxed)
@@ -336,6 +338,8 @@ mod tests {
         assert!(tables.may_log(5));
         assert!(!tables.may_log(10_004));
         assert!(tables.may_log(10_005));
+        tables.logged_ms.store(u64::MAX, Relaxed);
+        assert!(tables.may_log(20_000));
     }
 
     #[test]

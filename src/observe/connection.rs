@@ -126,7 +126,10 @@ impl PageConnection {
     pub fn advance(&mut self, now_ms: u64, date: HttpDate) {
         match self.stage {
             Stage::Reading => self.read(now_ms, date),
-            Stage::Sending { .. } => self.send(now_ms, date),
+            Stage::Sending { .. } => {
+                self.send(now_ms);
+                self.decode(now_ms, date);
+            }
             Stage::Lingering => self.discard(),
             // poll(2) reports only the end of such a connection.
             Stage::Asked(_) | Stage::Ended => self.stage = Stage::Ended,
@@ -154,8 +157,13 @@ impl PageConnection {
         self.decode(now_ms, date);
     }
 
-    /// Takes a request from what was received.
+    /// Takes a request from what was received, and refuses those before it that cannot be answered.
     fn decode(&mut self, now_ms: u64, date: HttpDate) {
+        while matches!(self.stage, Stage::Reading) && self.decode_next(now_ms, date) {}
+    }
+
+    /// Returns whether a request was refused, so that another one may follow it.
+    fn decode_next(&mut self, now_ms: u64, date: HttpDate) -> bool {
         let blank = blank_lines(&self.received);
         if self.progress.is_unused() && blank > 0 {
             self.received.drain(..blank);
@@ -173,8 +181,12 @@ impl PageConnection {
                 self.deadline_ms = None;
                 self.stage = Stage::Asked(request);
             }
-            Err(refusal) => self.refuse(&refusal, now_ms, date),
+            Err(refusal) => {
+                self.refuse(&refusal, now_ms, date);
+                return true;
+            }
         }
+        false
     }
 
     fn refuse(&mut self, refusal: &PageRefusal, now_ms: u64, date: HttpDate) {
@@ -188,7 +200,7 @@ impl PageConnection {
         let close = *close || used.is_none();
         self.received.drain(..used.unwrap_or(self.received.len()));
         let answer = PageAnswer::text(*status, text);
-        self.start_sending(answer.encode(*bodiless, close, date), close, now_ms, date);
+        self.start_sending(answer.encode(*bodiless, close, date), close, now_ms);
     }
 
     /// Answers the request; `leaves` closes the connection after that.
@@ -197,17 +209,18 @@ impl PageConnection {
             Stage::Asked(request) => (request.bodiless, request.close || leaves),
             _ => (false, true),
         };
-        self.start_sending(answer.encode(bodiless, close, date), close, now_ms, date);
+        self.start_sending(answer.encode(bodiless, close, date), close, now_ms);
+        self.decode(now_ms, date);
     }
 
-    fn start_sending(&mut self, bytes: Vec<u8>, close: bool, now_ms: u64, date: HttpDate) {
+    fn start_sending(&mut self, bytes: Vec<u8>, close: bool, now_ms: u64) {
         (self.unsent, self.sent) = (bytes, 0);
         self.stage = Stage::Sending { close };
         self.deadline_ms = Some(now_ms + LIMIT_MS);
-        self.send(now_ms, date);
+        self.send(now_ms);
     }
 
-    fn send(&mut self, now_ms: u64, date: HttpDate) {
+    fn send(&mut self, now_ms: u64) {
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         while self.sent < self.unsent.len() {
             let rest = &self.unsent[self.sent..];
@@ -232,7 +245,6 @@ impl PageConnection {
         self.deadline_ms = None;
         self.idle_since_ms = now_ms;
         self.has_answered = true;
-        self.decode(now_ms, date);
     }
 
     fn discard(&mut self) {

@@ -367,6 +367,16 @@ pub enum WorkerPhase {
     Dead,
 }
 
+impl Status {
+    /// Returns how many workers of the serving generation are ready.
+    pub fn ready_workers(&self) -> usize {
+        let serves = |worker: &&WorkerStatus| {
+            worker.state == WorkerPhase::Ready && worker.generation == self.master.generation
+        };
+        self.workers.iter().filter(serves).count()
+    }
+}
+
 impl WorkerPhase {
     /// Returns the name, as in JSON.
     pub const fn name(self) -> &'static str {

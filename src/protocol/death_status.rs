@@ -70,6 +70,17 @@ pub struct DeathStatus {
     pub at: u64,
 }
 
+impl DeathStatus {
+    /// Returns how the process ended: the name of the signal, `exit` and the code, or `-` if that is unknown.
+    pub fn end(&self) -> String {
+        match (&self.signal, self.exit) {
+            (Some(signal), _) => signal.clone(),
+            (None, Some(code)) => format!("exit {code}"),
+            (None, None) => "-".into(),
+        }
+    }
+}
+
 /// The result of a reload or an upgrade.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastReload {

@@ -52,7 +52,11 @@ impl fmt::Display for AccountError {
                 write!(f, "user {uid} has no name on this machine, so no group")
             }
             AccountError::System(errno) => {
-                write!(f, "the database of users did not answer: {}", errno.desc())
+                write!(
+                    f,
+                    "the database of users and groups did not answer: {}",
+                    errno.desc()
+                )
             }
         }
     }

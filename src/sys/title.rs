@@ -14,8 +14,6 @@ use std::fs;
 #[derive(Debug, Clone, Copy)]
 pub struct TitleArea {
     start: usize,
-    /// The end of the arguments. The byte before it tells the kernel how much to show.
-    arguments_end: usize,
     end: usize,
 }
 
@@ -51,7 +49,6 @@ impl TitleArea {
         }
         Some(TitleArea {
             start,
-            arguments_end,
             end: if environment == arguments_end {
                 end.max(arguments_end)
             } else {
@@ -70,12 +67,8 @@ impl TitleArea {
         // The last byte stays 0, so even such a read ends within the area.
         let area = unsafe { std::slice::from_raw_parts_mut(self.start as *mut u8, room) };
         area.fill(0);
+        // A zero byte behind the title tells the kernel that the arguments end there.
         area[..length].copy_from_slice(&title.as_bytes()[..length]);
-        let last = self.arguments_end - self.start - 1;
-        if length <= last {
-            // A zero byte there tells the kernel that the arguments end there.
-            area[last] = 0;
-        }
     }
 }
 

@@ -152,6 +152,12 @@ impl EventLoop {
     }
 
     pub(super) fn on_accept_error(&mut self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            return log::warn!(
+                "a process has shut the adoption queue down: until the server restarts, a worker that drains serves \
+                 its connections itself and then closes them, and those of a crashed worker are reset"
+            );
+        }
         self.warn_limited(
             WarningKind::Accepting,
             &format!(

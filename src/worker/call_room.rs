@@ -28,10 +28,7 @@ pub fn check_limits(
     source: Source,
     now_ms: u64,
 ) -> Result<(), RpcError> {
-    let (concurrency, rate) = {
-        let method = &calls.registry.methods()[method];
-        (method.concurrency, method.rate)
-    };
+    let (concurrency, rate) = limits(calls, method);
     if concurrency == 0 && rate == 0 {
         return Ok(());
     }
@@ -49,25 +46,30 @@ pub fn check_limits(
     }
     load.turns.refuse(source, now_ms);
     let limit = if free <= allowed {
-        format!("its concurrency of {concurrency} in this worker is reached")
+        format!("its concurrency of {concurrency} in this worker")
     } else {
         let rate = pluralize(rate as usize, "call", "calls");
-        format!("its rate of {rate} a second in this worker is reached")
+        format!("its rate of {rate} a second in this worker")
     };
-    let kept = match free.min(allowed) {
-        0 => "",
-        _ => ", and the next free place is kept for another client that was refused before",
+    let reason = match free.min(allowed) {
+        0 => format!("{limit} is reached"),
+        _ => format!(
+            "the next free place of {limit} is kept for another client that was refused before"
+        ),
     };
-    Err(calls.overloaded(method, format!("{limit}{kept}")))
+    Err(calls.overloaded(method, reason))
+}
+
+/// Returns `concurrency` and `rate` of a method.
+fn limits(calls: &CallScheduler, method: usize) -> (usize, u32) {
+    let method = &calls.registry.methods()[method];
+    (method.concurrency, method.rate)
 }
 
 /// Returns whether `concurrency` and `rate` of a method allow the attempt of a job. No place is kept for a refused
 /// attempt, because calls go before jobs.
 pub fn allows_attempt(calls: &mut CallScheduler, method: usize, now_ms: u64) -> bool {
-    let (concurrency, rate) = {
-        let method = &calls.registry.methods()[method];
-        (method.concurrency, method.rate)
-    };
+    let (concurrency, rate) = limits(calls, method);
     let load = &mut calls.loads[method];
     let has_place = concurrency == 0 || load.current < concurrency;
     has_place && (rate == 0 || load.allowed(rate, now_ms) > 0)
@@ -123,7 +125,9 @@ pub fn make_room(
         true => {
             let counted = calls.registry.counted_size(method, size);
             if counted == 0 && size > MOST_ID_PARAMS {
-                let text = format!("the params name a job and have at most {MOST_ID_PARAMS} bytes");
+                let text = format!(
+                    "params and id of this call have {size} bytes: at most {MOST_ID_PARAMS}, because it only names a job"
+                );
                 return Err(RpcError::invalid_params(text));
             }
             (MOST_JOB_BYTES, counted)

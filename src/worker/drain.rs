@@ -68,6 +68,8 @@ pub struct Drain {
     is_final: bool,
     /// Until when it waits for attempts of jobs; 0: there are none.
     held_until_ms: u64,
+    /// Whether the time for the last answers is over, so that only these attempts are awaited.
+    has_flushed: bool,
 }
 
 impl Drain {
@@ -167,7 +169,8 @@ impl Drain {
                     .min(self.next_look_ms),
             ),
             Mode::ReadsStopped => Some(self.until_ms),
-            Mode::Flushing => Some(self.until_ms.max(self.held_until_ms)),
+            Mode::Flushing if self.has_flushed => Some(self.held_until_ms),
+            Mode::Flushing => Some(self.until_ms),
             Mode::Stopping => Some(self.until_ms.min(self.next_look_ms)),
             Mode::Leaving => Some(0),
         }
@@ -187,10 +190,13 @@ impl Drain {
         match self.mode {
             Mode::Serving => DrainStep::Serve,
             Mode::Leaving => DrainStep::Leave,
-            Mode::Flushing if is_held => match connections > 0 && now_ms >= self.until_ms {
-                true => DrainStep::CloseAll,
-                false => DrainStep::Serve,
-            },
+            Mode::Flushing if is_held => {
+                self.has_flushed = now_ms >= self.until_ms;
+                match self.has_flushed && connections > 0 {
+                    true => DrainStep::CloseAll,
+                    false => DrainStep::Serve,
+                }
+            }
             Mode::Flushing if empty || now_ms >= self.until_ms => DrainStep::Leave,
             Mode::Flushing => DrainStep::Serve,
             _ if empty => DrainStep::Leave,
@@ -242,6 +248,7 @@ mod tests {
         assert_eq!(drain.step(1000, 2, true, false), DrainStep::GiveUp);
         let flushed = 1000 + FLUSH_MS;
         assert_eq!(drain.step(flushed - 1, 2, true, false), DrainStep::Serve);
+        assert_eq!(drain.next(), Some(flushed));
         assert_eq!(drain.step(flushed, 2, true, false), DrainStep::CloseAll);
         assert_eq!(drain.step(flushed, 0, true, false), DrainStep::Serve);
         assert_eq!(drain.next(), Some(5000));

@@ -34,7 +34,7 @@ impl EventLoop {
         let is_whole = rest.is_none();
         let Some(taken) = adoption_queue::decode_packet(packet, rest) else {
             closer::close(socket);
-            return log::error!("closed an adopted connection: malformed handoff packet");
+            return log::error!("an adopted connection is closed: its handoff packet is invalid");
         };
         let is_rebalanced = self.note_adopted(reactor);
         let peer = peer_of(&socket);

@@ -6,10 +6,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use slab::Slab;
 
 use super::peer::{Peer, used};
+use crate::link::call_link::MAX_LINKS;
 use crate::link::scoreboard::WorkerRecord;
 
-/// The largest number of links of a process to workers. At this number it asks for no further one.
-const MAX_LINKS: usize = 64;
 /// The time between two requests to the master for the same link.
 pub const ASK_AGAIN_MS: u64 = 100;
 

@@ -43,6 +43,9 @@ impl EventLoop {
                         }
                     }
                     Order::LinkPool(ends) => {
+                        if let Some(session) = &mut self.session {
+                            session.rejoined();
+                        }
                         if let Some(link) = descriptor {
                             let added = self.service.forwarding.add_pool(ends, link);
                             attempts::link_added(&mut self.service, added);

@@ -33,6 +33,10 @@ impl EventLoop {
         self.rebalancing.take = Some(shares.take);
         self.rebalancing.after_change = shares.after_change;
         reactor.set_adopting(shares.take > 0);
+        if shares.take > 0 {
+            // The order before may have stopped adopting.
+            self.resume_listening(reactor);
+        }
         // Connections that wait for room in the queue belong to the previous order, and count for this one.
         let waiting: HashSet<Token> = self.waiting_to_give.iter().copied().collect();
         self.rebalancing.give = shares.give.saturating_sub(waiting.len() as u32);
@@ -52,7 +56,7 @@ impl EventLoop {
         resting.truncate(self.rebalancing.give as usize);
         let resting: Vec<Token> = resting.iter().map(|connection| connection.token).collect();
         log::debug!(
-            "gives {} of {} connections to siblings, takes {}",
+            "rebalancing: sends {} of {} connections, adopts {}",
             resting.len(),
             shares.give,
             shares.take

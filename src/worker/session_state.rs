@@ -84,6 +84,11 @@ impl SessionState {
         self.rejoin_delay_ms = (2 * self.rejoin_delay_ms).min(LONGEST_REJOIN_MS);
     }
 
+    /// Records that an acceptor uses the link: the next attempt does not wait long.
+    pub fn rejoined(&mut self) {
+        self.rejoin_delay_ms = REJOIN_MS;
+    }
+
     /// Returns the step that is due now, if there is one.
     pub fn step(&self, now_ms: u64) -> Option<SessionStep> {
         let order = self.is_orphan.then(|| self.record.take_order()).flatten();

@@ -13,6 +13,7 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 use super::event_loop::EventLoop;
 use super::timers::millis;
 use crate::sys::process::{monotonic, monotonic_ms};
+use crate::sys::signal;
 
 /// The time between two checks for a signal; each check records a heartbeat.
 const LOOK: Duration = Duration::from_millis(100);
@@ -28,10 +29,12 @@ pub fn run_stop_hooks(event_loop: &mut EventLoop) {
     }
     let registry = Arc::clone(registry);
     let (done, wait) = bounded::<()>(0);
-    let spoken = thread::Builder::new().name("stop".into()).spawn(move || {
+    let body = move || {
         registry.stop_worker();
         drop(done);
-    });
+    };
+    let builder = thread::Builder::new().name("stop".into());
+    let spoken = signal::with_signals_blocked(|| builder.spawn(body));
     if let Err(error) = spoken {
         return log::warn!(
             "on_worker_stop is not called, because no thread could be started: {error}"

@@ -120,7 +120,8 @@ impl ThreadStarter {
         };
         // thread::spawn would panic if no thread can be started.
         let builder = thread::Builder::new().name(format!("handler-{number}"));
-        builder.stack_size(STACK).spawn(body).map(drop)
+        // Signals are for the event loop, also if this thread is started late.
+        signal::with_signals_blocked(|| builder.stack_size(STACK).spawn(body)).map(drop)
     }
 }
 

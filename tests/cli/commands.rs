@@ -474,7 +474,7 @@ fn a_command_runs_as_its_user_with_no_rights_left() {
     daemon.configure(&of_workers);
     let done = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
-    assert!(said.contains("user can't change"), "{done:?}");
+    assert!(said.contains("user cannot change"), "{done:?}");
     wait_for("the old worker gone", PATIENCE, || {
         daemon.workers().iter().all(|it| it.generation == 2)
     });

@@ -36,7 +36,14 @@ fn waits_take_no_room_of_enqueues() {
     );
     let mut client = daemon.client();
     let answer = client.call_text(&format!(r#"{{"in":"rpc.job.wait","params":{padded}}}"#));
-    assert!(answer.contains("at most 1024 bytes"), "{answer}");
+    assert!(answer.contains("at most 1024,"), "{answer}");
+    // A wait counts nowhere, so its id must be short too.
+    let long = "i".repeat(1024);
+    let params = format!("{{\"job\":\"{id}\"}}");
+    let answer = client.call_text(&format!(
+        r#"{{"in":"rpc.job.wait","id":"{long}","params":{params}}}"#
+    ));
+    assert!(answer.contains("at most 1024,"), "{answer}");
     // As many bytes as all enqueues of a worker may have.
     let params = format!(
         "{{\"job\":\"{id}\",{}\"timeout_ms\":60000}}",

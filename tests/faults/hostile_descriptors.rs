@@ -164,7 +164,7 @@ fn a_worker_that_attaches_descriptors_to_its_reports_does_not_stop_the_master() 
 fn a_worker_that_passes_on_what_is_no_connection_does_not_stop_its_siblings() {
     let daemon = Daemon::builder()
         .config(UNIX)
-        .expect_log("closed an adopted connection: malformed handoff packet")
+        .expect_log("an adopted connection is closed: its handoff packet is invalid")
         .start();
     let worker = daemon.ready_workers()[0];
     let Some((_, queue)) = packet_sockets(&daemon, worker) else {
@@ -191,7 +191,7 @@ fn a_worker_that_passes_on_what_is_no_connection_does_not_stop_its_siblings() {
     for _ in 0..20 {
         ping(&daemon);
     }
-    daemon.wait_log("malformed handoff packet");
+    daemon.wait_log("its handoff packet is invalid");
 }
 
 #[test]

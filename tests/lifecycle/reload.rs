@@ -148,7 +148,8 @@ fn what_only_a_restart_changes_is_told_and_stands_in_the_status() {
     daemon.dir().write("preforkd.toml", moved);
     let done = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
-    let why = "pid-file can't change while the master runs: restart the server";
+    let why =
+        "pid-file cannot change while the master runs; restart the server to apply the change";
     assert!(done.status.success() && said.contains(why), "{done:?}");
     let warned = || {
         daemon.status()["master"]["warnings"]

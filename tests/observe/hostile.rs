@@ -73,6 +73,17 @@ fn what_is_no_request_for_a_page_is_refused_and_the_next_one_served() {
 }
 
 #[test]
+fn all_refused_requests_of_one_piece_are_answered() {
+    let daemon = builder().start();
+    let request = "A / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut wire = Wire::open(address(&daemon));
+    wire.send(request.repeat(500));
+    for number in 0..500 {
+        assert_eq!(wire.response().status, 405, "{number}");
+    }
+}
+
+#[test]
 fn a_foreign_host_gets_403_unless_it_is_listed() {
     let daemon = builder().start();
     let of = |host: &str| format!("GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n");

@@ -72,7 +72,7 @@ impl BenchTotals {
         }
         self.latencies
             .add(&other.latencies)
-            .map_err(|error| Error::Bug(format!("histograms that do not add up: {error}")))
+            .map_err(|error| Error::Bug(format!("could not add two histograms: {error}")))
     }
 
     /// Returns the number of calls that were answered with an error.

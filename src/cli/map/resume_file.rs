@@ -79,7 +79,7 @@ impl ResumeFile {
             Error::system_with(
                 format!("write {}", self.path.display()),
                 error,
-                "the record is not complete: the next run repeats lines that it does not name",
+                "the resume file is not complete: the next run repeats lines that it does not name",
             )
         })
     }
@@ -92,7 +92,7 @@ fn parse(text: &str, path: &Path, method: &str) -> Result<BTreeSet<u64>> {
             Some(name) if name == method => {}
             Some(name) => {
                 return Err(Error::Usage(format!(
-                    "{} is the record of a map of {name}; give this one a file of its own",
+                    "{} is the resume file of method {name}; use another file",
                     path.display()
                 )));
             }
@@ -106,7 +106,7 @@ fn parse(text: &str, path: &Path, method: &str) -> Result<BTreeSet<u64>> {
 
 fn alien(path: &Path) -> Error {
     Error::Usage(format!(
-        "{} is not a record of a map; --resume takes a file that an earlier run has begun, or a new one",
+        "{} is not a resume file; --resume takes a file that an earlier run has begun, or a new one",
         path.display()
     ))
 }
@@ -141,13 +141,13 @@ mod tests {
     }
 
     #[test]
-    fn another_methods_record_and_any_other_file_are_refused() {
+    fn the_file_of_another_method_and_any_other_file_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         for (text, told) in [
-            ("# preforkd map pong\n1\n", "map of pong"),
-            ("# preforkd map ping\none\n", "not a record"),
-            ("important\n", "not a record"),
-            ("important", "not a record"),
+            ("# preforkd map pong\n1\n", "method pong"),
+            ("# preforkd map ping\none\n", "not a resume file"),
+            ("important\n", "not a resume file"),
+            ("important", "not a resume file"),
         ] {
             let path = dir.path().join("record");
             fs::write(&path, text).unwrap();

@@ -152,7 +152,7 @@ fn short_line(figures: &Figures) -> String {
     let calls = rate(figures.rates.total.calls_per_s);
     format!(
         "{}/{} {calls}/s",
-        header::ready_workers(status),
+        status.ready_workers(),
         status.master.target
     )
 }
@@ -228,13 +228,7 @@ fn footer(buffer: &mut Buffer, y: u16, view: &View, rows: usize) {
 
 fn lines(buffer: &mut Buffer, room: Rect, lines: impl IntoIterator<Item = String>) {
     let width = usize::from(room.width).max(1);
-    let wrapped = lines.into_iter().flat_map(|line| {
-        let characters: Vec<char> = line.chars().collect();
-        let pieces = characters
-            .chunks(width)
-            .map(|piece| piece.iter().collect::<String>());
-        pieces.collect::<Vec<_>>()
-    });
+    let wrapped = lines.into_iter().flat_map(|line| wrap(&line, width));
     for (y, line) in wrapped.take(room.height.into()).enumerate() {
         put(
             buffer,
@@ -245,6 +239,23 @@ fn lines(buffer: &mut Buffer, room: Rect, lines: impl IntoIterator<Item = String
             Style::new(),
         );
     }
+}
+
+/// Cuts a line into pieces of at most this many columns. Some characters take two.
+pub(super) fn wrap(line: &str, width: usize) -> Vec<String> {
+    let (mut pieces, mut left) = (Vec::new(), 0);
+    for character in line.chars() {
+        let columns = Line::from(character.to_string()).width();
+        if columns > left || pieces.is_empty() {
+            pieces.push(String::new());
+            left = width;
+        }
+        left = left.saturating_sub(columns);
+        if let Some(piece) = pieces.last_mut() {
+            piece.push(character);
+        }
+    }
+    pieces
 }
 
 fn details(pane: Pane, row: Option<&PaneRow>) -> Vec<String> {

@@ -4,7 +4,7 @@ use super::cells::Tone;
 use super::text::{escaped, micros, percent, rate};
 use crate::cli::units;
 use crate::observe::content::Figures;
-use crate::protocol::control::{LastReload, Status, WorkerPhase, WorkerStatus};
+use crate::protocol::control::{LastReload, WorkerStatus};
 
 /// After this time without an answer, the figures of the master count as old. Milliseconds.
 const SILENT_MS: u64 = 3_000;
@@ -40,14 +40,6 @@ pub(super) fn title(figures: &Figures) -> String {
     )
 }
 
-/// Returns how many workers of the serving generation are ready.
-pub(super) fn ready_workers(status: &Status) -> usize {
-    let serves = |worker: &&WorkerStatus| {
-        worker.state == WorkerPhase::Ready && worker.generation == status.master.generation
-    };
-    status.workers.iter().filter(serves).count()
-}
-
 /// Returns the figures below the title. `now` is in seconds since 1970.
 pub(super) fn items(figures: &Figures, now: u64) -> Vec<HeaderItem> {
     let status = &figures.facts.status;
@@ -66,7 +58,7 @@ pub(super) fn items(figures: &Figures, now: u64) -> Vec<HeaderItem> {
         ));
     }
     let bad_if = |is_bad: bool, tone: Tone| if is_bad { tone } else { Tone::Plain };
-    let ready = ready_workers(status);
+    let ready = status.ready_workers();
     let workers = format!("{ready} of {} ready", master.target);
     items.push(item(
         "workers",

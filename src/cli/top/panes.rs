@@ -199,7 +199,7 @@ fn worker(worker: &WorkerStatus, figures: &Figures) -> PaneRow {
 fn methods(figures: &Figures) -> Vec<PaneRow> {
     let Some(members) = &figures.members else {
         let mut row: PaneRow = METHODS.iter().map(|_| text(UNKNOWN)).collect();
-        row[0] = text("no figures: the running version has another metrics board");
+        row[0] = text("no figures: the running server has another version of the metrics board");
         return vec![row];
     };
     members
@@ -379,10 +379,7 @@ fn events(figures: &Figures, now: u64) -> Vec<PaneRow> {
 fn death(death: &DeathStatus) -> String {
     let slot = death.slot.map(|slot| format!(" slot {slot}"));
     let name = death.name.as_ref().map(|name| format!(" {name}"));
-    let end = match (&death.signal, death.exit) {
-        (Some(signal), _) => signal.clone(),
-        (None, code) => format!("exit {}", code.unwrap_or_default()),
-    };
+    let end = death.end();
     let method = death
         .method
         .as_ref()

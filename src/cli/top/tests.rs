@@ -13,7 +13,7 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::style::{Color, Modifier};
 
-use super::draw::{draw, page, text_of};
+use super::draw::{draw, page, text_of, wrap};
 use super::view::View;
 use crate::link::metrics_board::MethodTotals;
 use crate::logging::escape_unprintable;
@@ -316,4 +316,12 @@ fn colors_are_used_only_if_they_are_wanted() {
     };
     assert_eq!(colors(false), 0);
     assert!(colors(true) > 20);
+}
+
+#[test]
+fn wide_characters_count_twice_when_a_line_is_wrapped() {
+    assert_eq!(wrap("abcdef", 4), ["abcd", "ef"]);
+    assert_eq!(wrap("ab\u{6f22}\u{5b57}c", 4), ["ab\u{6f22}", "\u{5b57}c"]);
+    assert_eq!(wrap("\u{6f22}\u{5b57}", 1), ["\u{6f22}", "\u{5b57}"]);
+    assert!(wrap("", 4).is_empty());
 }

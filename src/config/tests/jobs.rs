@@ -103,6 +103,9 @@ fn no_error_has_the_password() {
             error.contains(shown) && !error.contains("pass%40word"),
             "{error}"
         );
+        let error = refusal(&format!("[jobs]\nstore = {store}"));
+        assert!(!error.contains("pass%40word"), "{error}");
+        assert!(error.contains("write store = \"...\""), "{error}");
         let error = refusal(&format!("[jobs]\nstore = ['{store}']"));
         assert!(!error.contains("pass%40word"), "{error}");
         assert!(error.contains("sqlite:PATH"), "{error}");
@@ -132,7 +135,7 @@ fn values_that_cannot_be_used_are_refused_with_key_and_remedy() {
         ),
         (
             format!("{store}backoff = '2h'"),
-            "jobs.backoff: the first delay (2h) is longer than",
+            "jobs.backoff: backoff (2h) is longer than max-backoff",
         ),
         (
             format!("{store}lease = '11m'"),
@@ -175,7 +178,7 @@ fn values_that_cannot_be_used_are_refused_with_key_and_remedy() {
         ),
         (
             "[methods.ping.job]\npriority = 1".to_owned(),
-            "methods.ping.job: there is no [jobs]",
+            "methods.ping.job: this table has no effect without [jobs]",
         ),
     ] {
         let error = refusal(&text);

@@ -21,6 +21,9 @@ use crate::sys::shared_memory::OwnedArray;
 
 /// The largest number of programs of a pool, including the additional one while they are replaced.
 const MOST_PROGRAMS: NonZeroUsize = NonZeroUsize::new(1025).expect("it is above zero");
+/// The largest number of programs with `scope = "connection"`: one for each session of a listener. Sessions of further
+/// listeners take what is left.
+const MOST_SESSION_PROGRAMS: NonZeroUsize = NonZeroUsize::new(4096).expect("it is above zero");
 
 /// A pool as configured.
 #[derive(Debug)]
@@ -79,6 +82,10 @@ pub enum ProgramExit {
 impl Pool {
     /// Makes the pool with this name in these settings.
     pub fn new(name: &str, pool: &config::PoolConfig, settings: &config::Settings) -> Self {
+        let most = match pool.scope {
+            config::PoolScope::Connection => MOST_SESSION_PROGRAMS,
+            config::PoolScope::Shared => MOST_PROGRAMS,
+        };
         Pool {
             name: name.to_owned(),
             program: prepared(pool),
@@ -88,7 +95,7 @@ impl Pool {
             worker_boot: settings.workers.boot_timeout,
             limit: settings.limits.frame,
             depth: settings.limits.depth,
-            records: OwnedArray::new(MOST_PROGRAMS).ok().map(Arc::new),
+            records: OwnedArray::new(most).ok().map(Arc::new),
             own_record: OnceLock::new(),
             counts: OnceLock::new(),
             deaths: OwnedArray::new(NonZeroUsize::MIN).ok().map(Arc::new),
@@ -144,8 +151,12 @@ impl Pool {
     /// Takes a record for the program of this session, if one is free.
     pub(super) fn claim_record(&self) {
         let lives = |pid| process_tree::start_ticks(Pid(pid)).is_some();
-        let mut records = self.records().iter();
-        let found = records.position(|record| record.claim(Pid::current().0, lives));
+        let claim = |lives: &dyn Fn(i32) -> bool| {
+            let mut records = self.records().iter();
+            records.position(|record| record.claim(Pid::current().0, lives))
+        };
+        // Whether an owner lives takes a read of /proc. So those are asked only if no record is without an owner.
+        let found = claim(&|_| true).or_else(|| claim(&lives));
         if let Some(place) = found {
             // A session starts one program of the pool in its life.
             let _ = self.own_record.set(place);

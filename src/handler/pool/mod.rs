@@ -40,6 +40,7 @@ use super::call_state::{Done, HandlerCall, Reports};
 use super::registry::Registry;
 use crate::config;
 use crate::sys::process::monotonic_ms;
+use crate::sys::signal;
 use crate::sys::waker::Waker;
 use crate::throttle::limiter::Limiter;
 use boot::{Boot, SpareRoom};
@@ -113,13 +114,12 @@ impl ProgramStarter {
             spare: is_rolling.then(|| Arc::clone(&self.spare)),
         };
         let lives = self.lives.clone();
-        thread::Builder::new()
-            .name(format!("pool-{}-{number}", pool.name))
-            .stack_size(STACK)
-            .spawn(move || {
-                ProgramSupervisor::new(post).keep();
-                drop(lives);
-            })?;
+        let builder = thread::Builder::new().name(format!("pool-{}-{number}", pool.name));
+        let body = move || {
+            ProgramSupervisor::new(post).keep();
+            drop(lives);
+        };
+        signal::with_signals_blocked(|| builder.stack_size(STACK).spawn(body))?;
         Ok(channel)
     }
 }

@@ -28,7 +28,7 @@ impl ControlStore for TaskSender {
         let sent = self.tasks.send((task, sender));
         self.waker.wake();
         let reply = sent.ok().and_then(|()| reply.recv().ok());
-        reply.unwrap_or_else(|| Err("the jobs process ends; try again".to_owned()))
+        reply.unwrap_or_else(|| Err("the jobs process is exiting; try again".to_owned()))
     }
 
     fn has_method(&self, method: &str) -> bool {

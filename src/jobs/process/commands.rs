@@ -22,7 +22,8 @@ pub fn take_tasks(core: &mut JobsCore) {
     let is_over = core.is_draining && core.executors.is_settled() && core.waits.is_empty();
     while let Ok((task, reply)) = core.commands.tasks.try_recv() {
         if is_over {
-            let text = "the jobs process ends, because the server stops or reloads; try again";
+            let text =
+                "the jobs process is exiting, because the server stops or reloads; try again";
             let _ = reply.send(Err(text.to_owned()));
             continue;
         }
@@ -90,7 +91,7 @@ pub fn failed(core: &mut JobsCore, number: u64, error: &StoreError) {
     finish(
         core,
         number,
-        Err(format!("the store cannot be written: {error}; {what}")),
+        Err(format!("could not write the store: {error}; {what}")),
     );
 }
 
@@ -101,7 +102,7 @@ pub fn was_read(core: &mut JobsCore, number: u64, read: Result<ReadReply, StoreE
         Ok(ReadReply::Details(job)) => Ok(ControlReply::Details(job.map(Box::new))),
         Ok(ReadReply::Export(jobs, last)) => Ok(ControlReply::Exported(jobs, last)),
         Ok(other) => Err(format!("the store gave an unexpected reply: {other:?}")),
-        Err(error) => Err(format!("the store cannot be read: {error}")),
+        Err(error) => Err(format!("could not read the store: {error}")),
     };
     finish(core, number, reply);
 }

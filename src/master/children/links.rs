@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 
+use crate::link::call_link::MAX_LINKS;
 use crate::link::ids::Pid;
 use crate::master::policy::event::Millis;
 
-/// The largest number of links of a process to workers. Each needs a descriptor in both processes.
-const MAX_LINKS: usize = 64;
 /// If a process asks again after this time, in milliseconds, the link was lost, and another one is made.
 const LINK_AGAIN_MS: Millis = 1000;
 
@@ -26,6 +25,8 @@ impl Links {
         if self.made.get(&pair).is_some_and(is_new) {
             return false;
         }
+        // The lost link does not count.
+        self.made.remove(&pair);
         if !is_pool && (self.count(one) >= MAX_LINKS || self.count(other) >= MAX_LINKS) {
             return false;
         }
@@ -71,6 +72,9 @@ mod tests {
         assert!(!links.begin(Pid(1), Pid(2), false, 0));
         assert!(!links.begin(Pid(2), Pid(1), false, 0));
         assert!(links.begin(Pid(1), Pid(2), true, 0));
+        // A lost link is made again: it does not count twice.
+        assert!(links.begin(Pid(1), Pid(101), false, LINK_AGAIN_MS));
+        assert!(!links.begin(Pid(1), Pid(2), false, LINK_AGAIN_MS));
         links.forget(Pid(100));
         links.forget(Pid(2));
         assert!(links.begin(Pid(1), Pid(3), false, 0));

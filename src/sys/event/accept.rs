@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
 use super::io_progress::{IoProgress, PendingAccept};
@@ -49,7 +51,8 @@ pub(super) enum Taken {
     Paused,
     /// A connection that failed before it was accepted.
     Gone,
-    /// The system cannot accept now. All sources were paused.
+    /// The system cannot accept now, and all sources were paused. With EPIPE only the adoption queue was paused: it
+    /// was shut down.
     Failed(Errno),
 }
 
@@ -59,6 +62,8 @@ pub(super) struct AcceptSources {
     sources: Vec<AcceptSource>,
     /// Whether the adoption queue stays unwatched, even when the other sources are resumed.
     is_queue_left: bool,
+    /// Whether a process has shut the adoption queue down. It is not watched any more: it would always be readable.
+    has_queue_ended: bool,
 }
 
 impl AcceptSources {
@@ -90,7 +95,8 @@ impl AcceptSources {
         let was_blocking = self.restore_nonblocking()?;
         for index in 0..self.sources.len() {
             let source = &self.sources[index];
-            let is_left = self.is_queue_left && source.kind == SourceKind::Queue;
+            let is_left =
+                (self.is_queue_left || self.has_queue_ended) && source.kind == SourceKind::Queue;
             if !source.watched && !is_left {
                 self.watch(index, epoll)?;
             }
@@ -199,6 +205,11 @@ impl AcceptSources {
                 match error {
                     Errno::EAGAIN => Taken::Nothing,
                     error if is_connection_gone(error) => Taken::Gone,
+                    Errno::EPIPE if pending == PendingAccept::Used => {
+                        self.has_queue_ended = true;
+                        self.pause_queue(epoll);
+                        Taken::Failed(error)
+                    }
                     error => {
                         // A level-triggered listener that stays watched would use 100 % CPU.
                         self.pause(epoll);
@@ -237,6 +248,15 @@ pub fn is_connection_gone(error: Errno) -> bool {
     )
 }
 
+/// Returns whether an adoption queue can receive nothing more: all processes have closed the sending end, or one has
+/// shut it down (shutdown(2)). An empty packet does not mean that.
+pub fn is_queue_shut_down(queue: &impl AsFd) -> bool {
+    let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut polled = [PollFd::new(queue.as_fd(), end)];
+    let count = poll(&mut polled, PollTimeout::ZERO);
+    count.is_ok_and(|count| count > 0)
+}
+
 /// Returns the descriptor if it is of the right kind. Otherwise the closer thread closes it: a sibling is
 /// not trusted, and the close of another kind may block.
 fn expect(fd: Option<OwnedFd>, is_right: impl Fn(&OwnedFd) -> bool) -> Option<OwnedFd> {
@@ -261,6 +281,9 @@ fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<Taken, Errno> {
     let received = socket::receive_packet(fd, packet);
     let (length, descriptors) =
         received.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    if length == 0 && descriptors.is_empty() && is_queue_shut_down(fd) {
+        return Err(Errno::EPIPE);
+    }
     let mut descriptors = descriptors.into_iter();
     let socket = descriptors.next();
     let socket = expect(socket, socket::is_stream_socket);

@@ -20,7 +20,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use accept::is_connection_gone;
+pub use accept::{is_connection_gone, is_queue_shut_down};
 pub use completion::{Completion, Interest, Token};
 pub use io_progress::{IoProgress, UnsentData};
 pub use reactor::{Driver, Reactor};

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -21,6 +21,7 @@ struct Log {
     failed: usize,
     sent: usize,
     readable: Vec<u16>,
+    accept_errors: Vec<ErrorKind>,
 }
 
 impl Driver for Log {
@@ -28,7 +29,7 @@ impl Driver for Log {
         match completion {
             Completion::Accepted { socket } => self.tokens.push(reactor.register(socket).unwrap()),
             Completion::Adopted { .. } => unreachable!("no connection is handed over"),
-            Completion::AcceptFailed { error } => panic!("{error}"),
+            Completion::AcceptFailed { error } => self.accept_errors.push(error.kind()),
             Completion::Received { bytes, .. } => self.received.extend_from_slice(bytes),
             Completion::Ended { .. } => self.ended += 1,
             Completion::HungUp { .. } => self.hung_up += 1,
@@ -274,6 +275,21 @@ fn an_accept_queue_is_drained_also_if_all_its_connections_are_refused() {
     let mut refusing = Refusing::default();
     reactor.drain_accept_queues(false, &mut refusing);
     assert_eq!(refusing.0, clients.len());
+}
+
+#[test]
+fn an_adoption_queue_that_was_shut_down_is_not_watched() {
+    let mut reactor = Reactor::new().unwrap();
+    let (sender, queue) = sockets::packet_pair().unwrap();
+    reactor.listen(Vec::new(), (Rc::new(queue), 16)).unwrap();
+    UnixStream::from(sender).shutdown(Shutdown::Both).unwrap();
+    let mut log = Log::default();
+    reactor.poll_once(1000, &mut log).unwrap();
+    assert_eq!(log.accept_errors, [ErrorKind::BrokenPipe]);
+    reactor.resume_listeners().unwrap();
+    let begun = Instant::now();
+    reactor.poll_once(50, &mut log).unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(45));
 }
 
 #[test]

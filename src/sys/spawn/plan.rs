@@ -66,11 +66,11 @@ impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let step = match self.step {
             SpawnStep::Create => "no process could be created",
-            SpawnStep::Session => "it could not lead a session",
-            SpawnStep::Descriptors => "it could not take its descriptors",
-            SpawnStep::Limits => "it could not take its limits",
+            SpawnStep::Session => "it could not create a session",
+            SpawnStep::Descriptors => "its descriptors could not be set up",
+            SpawnStep::Limits => "its limits could not be set",
             SpawnStep::Account => "it could not become its user",
-            SpawnStep::Guard => "it could not enter its guard",
+            SpawnStep::Guard => "its guard could not be set up",
             SpawnStep::Directory => "it could not enter its directory",
             SpawnStep::Execute => "the program could not be executed",
         };

@@ -132,7 +132,9 @@ impl Recorder {
         };
         let started = signal::with_signals_blocked(|| builder.spawn(body));
         if let Err(error) = started {
-            log::warn!("slow calls are only counted: no thread could be started for them: {error}");
+            log::warn!(
+                "slow calls are only counted until this process ends: no thread could be started: {error}"
+            );
         }
         (sender, end)
     }

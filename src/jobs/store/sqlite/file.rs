@@ -237,6 +237,26 @@ pub fn log_of(path: &Path) -> PathBuf {
     beside(path, "-wal")
 }
 
+/// Refuses to create a database beside a write-ahead log: SQLite would delete the log, whose database is missing.
+pub fn refuse_lone_log(path: &Path, has_content: bool) -> Result<(), OpenError> {
+    let log = log_of(path);
+    // A log that has only a header holds nothing. The power may have failed while the store was created.
+    let has_frames = || fs::metadata(&log).is_ok_and(|log| log.len() > wal::HEADER as u64);
+    let is_alone = !has_content && has_frames();
+    if !is_alone {
+        return Ok(());
+    }
+    Err(OpenError::new(
+        path,
+        format!(
+            "it is missing or empty, but its write-ahead log {} has jobs",
+            log.display()
+        ),
+        "put it back; or move the write-ahead log away to begin with an empty store",
+    )
+    .damaged())
+}
+
 /// Returns the path of a file that SQLite keeps beside a database.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();

@@ -104,7 +104,7 @@ pub fn open(
         )
         .damaged());
     }
-    refuse_lone_log(&path, place.has_content)?;
+    file::refuse_lone_log(&path, place.has_content)?;
     // A process that uses the store has checked the log. It syncs each commit, or exits.
     let is_shared = opening == Opening::Beside;
     if !is_shared {
@@ -155,26 +155,6 @@ pub fn open(
     })
 }
 
-/// Refuses to create a database beside a write-ahead log: SQLite would delete the log, whose database is missing.
-fn refuse_lone_log(path: &Path, has_content: bool) -> Result<(), OpenError> {
-    let log = file::log_of(path);
-    // A log that has only a header holds nothing. The power may have failed while the store was created.
-    let has_frames = || std::fs::metadata(&log).is_ok_and(|log| log.len() > wal::HEADER as u64);
-    let is_alone = !has_content && has_frames();
-    if !is_alone {
-        return Ok(());
-    }
-    Err(OpenError::new(
-        path,
-        format!(
-            "it is missing or empty, but its write-ahead log {} has jobs",
-            log.display()
-        ),
-        "put it back; or move the write-ahead log away to begin with an empty store",
-    )
-    .damaged())
-}
-
 /// Looks at a store without changing it, also while a server uses it. `None`: there is no file yet, or it is
 /// empty. `is_thorough` reads the whole file, which takes seconds for each gigabyte.
 ///
@@ -183,7 +163,7 @@ fn refuse_lone_log(path: &Path, has_content: bool) -> Result<(), OpenError> {
 pub fn inspect(configured: &Path, is_thorough: bool) -> Result<Option<StoreFacts>, OpenError> {
     let place = file::locate(configured)?;
     let path = place.path;
-    refuse_lone_log(&path, place.has_content)?;
+    file::refuse_lone_log(&path, place.has_content)?;
     if !place.has_content {
         return Ok(None);
     }
