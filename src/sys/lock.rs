@@ -1,18 +1,12 @@
 //! Takes the locks of threads, poisoned or not, and the lock of a whole file (flock(2)).
 //!
 //! The lock of a file belongs to the open file description. So all duplicated and inherited descriptors share
-//! it. It ends when the last of them is closed, or with [`unlock_file`]. std has this from Rust 1.89 on. The
-//! guard of nix would end the lock for all processes when it is dropped. Fails with the system's error.
+//! it. It ends when the last of them is closed, or with [`unlock_file`]. The guard of nix would end the lock for
+//! all processes when it is dropped. Fails with the system's error.
 
-#![allow(unsafe_code)]
-
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
-use nix::errno::Errno;
-use nix::libc;
 
 /// Locks a mutex. If a thread has panicked under it, the value is used all the same: no code of ours
 /// panics while the value is half changed. The same holds for [`read`] and [`write`].
@@ -36,14 +30,13 @@ pub fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
 /// # Errors
 /// `WouldBlock` if another open file description has the lock.
 pub fn lock_file(file: &File) -> io::Result<()> {
-    // SAFETY: no pointer is passed, and the descriptor stays open during the call.
-    let done = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
-    Errno::result(done)?;
-    Ok(())
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => io::ErrorKind::WouldBlock.into(),
+        TryLockError::Error(error) => error,
+    })
 }
 
 /// Ends the lock for all processes that share it.
 pub fn unlock_file(file: &File) {
-    // SAFETY: as above.
-    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+    let _ = file.unlock();
 }

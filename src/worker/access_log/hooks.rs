@@ -165,7 +165,9 @@ impl AccessLog {
         if let Some(active) = &mut self.active {
             active.begin(number, received_bytes, times);
             active.current.from = (connection.peer, connection.dialect);
-            active.current.request_id.clone_from(&self.request_id);
+            if self.request_id.is_some() || active.current.request_id.is_some() {
+                active.current.request_id.clone_from(&self.request_id);
+            }
         }
     }
 
